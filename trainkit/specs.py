@@ -1,0 +1,131 @@
+"""Every setting of the kit, as frozen dataclasses that import nothing heavy.
+
+Bounds stand in the annotation, so that whoever validates (the project does it with Pydantic in `config`) reports an
+error at the field's path. The string below a field is its documentation; command-line help and the JSON Schema show it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSpec:
+    """The loop: how long, how large a step, how often to look."""
+
+    max_steps: Annotated[int, Ge(1)] = 1000
+    """Optimizer steps of the run. Intervals and horizons count optimizer steps too."""
+    total_batch_size: Annotated[int, Ge(1)] = 8192
+    """Units (tokens, for a language model) that one optimizer step trains on, over all ranks; a multiple of the sample length."""
+    device_batch_size: Annotated[int, Ge(1)] = 8
+    """Samples of one forward and backward pass on one device; gradients accumulate until the step is complete."""
+    log_every: Annotated[int, Ge(1)] = 10
+    """Steps between two training records."""
+    eval_every: Annotated[int, Ge(0)] = 250
+    """Steps between two validations; 0 validates only at the end."""
+    save_every: Annotated[int, Ge(0)] = 250
+    """Steps between two checkpoints; 0 saves only at the end (and when interrupted)."""
+    sample_every: Annotated[int, Ge(0)] = 0
+    """Steps between two rounds of samples; 0 = only at the end."""
+    skip_validation: bool = False
+    """Never validate, not even at the end; `best` then does not exist."""
+    gradient_clip: Annotated[float, Ge(0)] = 1.0
+    """Largest global L2 norm of the gradient; 0 does not clip."""
+    precision: Precision = "fp32"
+    """Type of the forward and backward arithmetic. Weights, gradients and optimizer state stay in 32-bit floats."""
+    compile: bool = False
+    """Run the model through `torch.compile`."""
+    deterministic: bool = False
+    """Ask PyTorch for deterministic kernels: bit-exact resume on CUDA needs it and costs speed there; CPU has it anyway."""
+    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Decay per step of the averaged weights that evaluation and inference can use; 0 keeps none."""
+    device: str = "auto"
+    """`auto` takes CUDA where it exists, else the CPU; or a device name such as `cpu`, `cuda`, `cuda:1`, `mps`."""
+    threads: Annotated[int, Ge(0)] = 0
+    """CPU threads of each rank; 0 leaves PyTorch's choice. Bit-exact resume on CPU needs the same number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWSpec:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: Annotated[float, Gt(0)] = 3e-4
+    """Peak learning rate; the schedule multiplies it."""
+    weight_decay: Annotated[float, Ge(0)] = 0.1
+    """Decay of matrices; vectors (norm gains, biases) and embeddings are not decayed."""
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
+    """Decay of the second moment."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """Added to the root of the second moment."""
+
+
+OptimizerSpec = AdamWSpec
+"""Grows into a union, told apart by `kind`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantScheduleSpec:
+    """Warm up linearly, then stay at the peak."""
+
+    kind: Literal["constant"] = "constant"
+    warmup_steps: Annotated[int, Ge(0)] = 0
+    """Steps of linear warm-up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineScheduleSpec:
+    """Warm up linearly, then follow half a cosine down to `final_fraction` at the last step (arXiv:1608.03983)."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_steps: Annotated[int, Ge(0)] = 100
+    """Steps of linear warm-up."""
+    final_fraction: Annotated[float, Ge(0), Le(1)] = 0.1
+    """Learning rate at the last step, as a fraction of the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WSDScheduleSpec:
+    """Warm up, stay at the peak, decay linearly at the end ("warmup-stable-decay", arXiv:2404.06395)."""
+
+    kind: Literal["wsd"] = "wsd"
+    warmup_steps: Annotated[int, Ge(0)] = 100
+    """Steps of linear warm-up."""
+    decay_fraction: Annotated[float, Ge(0), Le(1)] = 0.2
+    """Share of the run that the final decay takes."""
+    final_fraction: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Learning rate at the last step, as a fraction of the peak."""
+
+
+ScheduleSpec = ConstantScheduleSpec | CosineScheduleSpec | WSDScheduleSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSpec:
+    """What is kept under `runs/<run>/checkpoints`. The newest and the best are always kept."""
+
+    keep_last: Annotated[int, Ge(1)] = 2
+    """How many of the newest checkpoints to keep."""
+    keep_every: Annotated[int, Ge(0)] = 0
+    """Also keep each checkpoint whose step is a multiple of this; 0 = none."""
+    save_optimizer: bool = True
+    """Write the optimizer's state: needed to resume, not to infer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingSpec:
+    """Where records go besides `metrics.jsonl`, which is always written."""
+
+    console: Literal["auto", "live", "json", "off"] = "auto"
+    """`auto`: live progress on a terminal, pure JSON lines otherwise."""
+    csv: bool = True
+    """Write `metrics.csv`."""
+    plots: bool = True
+    """Draw `plots/*.png` at the end of the run, and after each validation."""
