@@ -1,0 +1,26 @@
+"""Settings of tokenizer training, as a frozen dataclass that imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+MASK = "<|mask|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrainingSpec:
+    """What a byte-level BPE vocabulary is made of."""
+
+    vocab_size: Annotated[int, Ge(257)] = 8192
+    """Number of ids in all: 256 bytes, the merges, and the special tokens."""
+    special_tokens: tuple[str, ...] = (END_OF_TEXT, PAD, MASK)
+    """Atomic tokens, never merged with text; they take the last ids in this order."""
+    pattern: Literal["gpt2"] = "gpt2"
+    """How text is split before merging; no token crosses a split. `gpt2`: contractions, letters, digits, the rest, spaces."""
+    allow_smaller: bool = False
+    """Accept a corpus that cannot yield enough merges, and write the smaller vocabulary that it reaches."""
