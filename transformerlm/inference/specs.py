@@ -1,0 +1,51 @@
+"""How text is generated, as frozen dataclasses that import nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+
+WeightsName = Literal["raw", "ema"]
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSpec:
+    """From logits to a token. The defaults sample from the model's own distribution."""
+
+    temperature: Annotated[float, Ge(0)] = 1.0
+    """Divides the logits: below 1 sharper, above 1 flatter; 0 always takes the most likely token."""
+    top_k: Annotated[int, Ge(0)] = 0
+    """Keep the k most likely tokens; 0 = all."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Keep the smallest set of most likely tokens whose probabilities reach this (arXiv:1904.09751); 1 = all."""
+    min_p: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Drop tokens less likely than this share of the most likely one (arXiv:2407.01082); 0 = none."""
+    repetition_penalty: Annotated[float, Gt(0)] = 1.0
+    """Divides positive and multiplies negative logits of tokens already in the text (arXiv:1909.05858); 1 = off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceSpec(SamplingSpec):
+    """One call of the predictor."""
+
+    checkpoint: str = ""
+    """A checkpoint: its step folder, its run folder, or `…/checkpoints/best` or `latest`."""
+    prompt: str = ""
+    """Text to continue; empty starts a new document."""
+    total_length: Annotated[int, Ge(0)] = 0
+    """Tokens of prompt and continuation together, at most the model's context length; 0 = that length."""
+    num_samples: Annotated[int, Ge(1)] = 1
+    """Continuations of the prompt, each with random numbers of its own."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of the random numbers: the same seed gives the same text."""
+    weights: WeightsName = "raw"
+    """`raw`: the trained weights; `ema`: their running average, where the run kept one."""
+    device: str = "auto"
+    """`auto` takes CUDA where it exists, else the CPU; or a device name such as `cpu`, `cuda`, `cuda:1`, `mps`."""
+    precision: PrecisionName = "fp32"
+    """Type of weights and arithmetic; sampling itself is always in 64-bit floats."""
+    stop_at_eot: bool = True
+    """End a continuation where the model ends the document."""
