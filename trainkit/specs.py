@@ -21,7 +21,7 @@ class TrainingSpec:
     max_steps: Annotated[int, Ge(1)] = 1000
     """Optimizer steps of the run. Intervals and horizons count optimizer steps too."""
     total_batch_size: Annotated[int, Ge(1)] = 8192
-    """Units (tokens, for a language model) that one optimizer step trains on, over all ranks; a multiple of the sample length."""
+    """Units (tokens, for a language model) of one optimizer step over all ranks; a multiple of the sample length."""
     device_batch_size: Annotated[int, Ge(1)] = 8
     """Samples of one forward and backward pass on one device; gradients accumulate until the step is complete."""
     log_every: Annotated[int, Ge(1)] = 10
@@ -41,7 +41,7 @@ class TrainingSpec:
     compile: bool = False
     """Run the model through `torch.compile`."""
     deterministic: bool = False
-    """Ask PyTorch for deterministic kernels: bit-exact resume on CUDA needs it and costs speed there; CPU has it anyway."""
+    """Ask PyTorch for deterministic kernels: bit-exact resume on CUDA needs it, at a cost in speed; CPU has it anyway."""
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Decay per step of the averaged weights that evaluation and inference can use; 0 keeps none."""
     device: str = "auto"

@@ -29,12 +29,12 @@ class Loss:
     value: Tensor
     """Scalar with a gradient, already divided by the step's global denominators."""
     metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
-    """`{name: (sum, count)}`, detached scalars on the device. The log shows Σ sum / Σ count over the logged interval."""
+    """`{name: (sum, count)}`, detached scalars on the device. The log shows Σ sum / Σ count over an interval."""
 
 
 class Task(Protocol):
     def weights(self, batch: Batch) -> Mapping[str, Tensor]:
-        """What each loss term counts in this batch: `{term: scalar}`; computed from data alone, no model, no gradient."""
+        """What each loss term counts in this batch: `{term: scalar}`, from data alone: no model, no gradient."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch, denominators: Mapping[str, Tensor]) -> Loss:
@@ -55,4 +55,4 @@ class RunFacts:
     units_per_sample: int = 1
     """How many units one row of a batch holds; `training.total_batch_size` is in units and must be a multiple."""
     flops_per_unit: float = 0.0
-    """Floating-point operations of one forward and backward pass per unit; 0 = unknown, and utilisation is not shown."""
+    """Floating-point operations of one forward and backward pass per unit; 0 = unknown, utilisation is not shown."""

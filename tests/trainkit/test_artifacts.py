@@ -1,0 +1,110 @@
+"""File sets are whole or absent: whatever stage fails, and whatever bit flips afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from trainkit import artifacts
+from trainkit.artifacts import publish_directory, publish_file, remove_leftovers, verify_directory
+from trainkit.errors import UserError
+
+
+def fill(directory: Path, text: str = "hello") -> None:
+    (directory / "sub").mkdir()
+    (directory / "a.txt").write_text(text)
+    (directory / "sub" / "b.bin").write_bytes(bytes(range(256)))
+
+
+def test_a_published_directory_verifies(tmp_path: Path) -> None:
+    with publish_directory(tmp_path / "x" / "set", extra={"step": 3}) as temporary:
+        fill(temporary)
+        assert not (tmp_path / "x" / "set").exists()
+    manifest = verify_directory(tmp_path / "x" / "set")
+    assert manifest["step"] == 3
+    assert set(manifest["files"]) == {"a.txt", "sub/b.bin"}
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["set"]
+
+
+def test_replacing_keeps_the_old_set_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    place = tmp_path / "set"
+    with publish_directory(place) as temporary:
+        fill(temporary, "old")
+    with pytest.raises(UserError, match="exists already"), publish_directory(place):
+        pass
+    with pytest.raises(RuntimeError), publish_directory(place, replace=True) as temporary:
+        fill(temporary, "half")
+        raise RuntimeError
+    assert (place / "a.txt").read_text() == "old"
+    with publish_directory(place, replace=True) as temporary:
+        fill(temporary, "new")
+        assert (place / "a.txt").read_text() == "old"
+    assert (place / "a.txt").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize("stage", ["write", "seal", "rename"])
+def test_a_failure_at_any_stage_leaves_nothing(tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(at: str) -> None:
+        if at == stage:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifacts, "step_hook", fail)
+    with pytest.raises(OSError, match="No space"), publish_directory(tmp_path / "set") as temporary:
+        fill(temporary)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", ["write", "seal", "rename", "renamed"])
+def test_a_kill_at_any_stage_leaves_all_or_nothing(tmp_path: Path, stage: str) -> None:
+    child = os.fork()
+    if child == 0:
+        artifacts.step_hook = lambda at: os.kill(os.getpid(), signal.SIGKILL) if at == stage else None
+        with publish_directory(tmp_path / "set") as temporary:
+            fill(temporary)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert (tmp_path / "set").exists() == (stage == "renamed")
+    remove_leftovers(tmp_path)
+    if stage == "renamed":
+        verify_directory(tmp_path / "set")
+    else:
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: (d / "a.txt").write_text("hellp"),
+        lambda d: (d / "a.txt").write_text("hell"),
+        lambda d: (d / "sub" / "b.bin").unlink(),
+        lambda d: (d / "manifest.json").unlink(),
+        lambda d: (d / "manifest.json").write_text("{"),
+        lambda d: (d / "manifest.json").write_text("[]"),
+        lambda d: (d / "manifest.json").write_text('{"format": 99, "files": {}}'),
+        lambda d: (d / "manifest.json").write_text('{"format": 1, "files": {"a.txt": 3}}'),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage) -> None:
+    with publish_directory(tmp_path / "set") as temporary:
+        fill(temporary)
+    damage(tmp_path / "set")
+    with pytest.raises(UserError, match="set"):
+        verify_directory(tmp_path / "set")
+
+
+def test_publish_file_replaces_in_one_step(tmp_path: Path) -> None:
+    publish_file(tmp_path / "f", "one")
+    publish_file(tmp_path / "f", b"two")
+    assert (tmp_path / "f").read_bytes() == b"two"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_an_unwritable_place_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot create"), publish_directory(tmp_path / "file" / "set"):
+        pass

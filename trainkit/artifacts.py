@@ -1,0 +1,187 @@
+"""How every file set of the project comes to exist: whole, or not at all.
+
+A directory is written under a temporary name beside its place, sealed with a manifest (bytes and SHA-256 of each file),
+flushed to the disk and renamed. Whoever loads verifies the manifest first: without a valid one the directory does not
+exist. Fault injection in tests hooks into `step_hook`, which is called with the name of each stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from trainkit.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+TEMPORARY_MARK = ".tmp-"
+
+
+def _no_hook(stage: str) -> None:
+    del stage
+
+
+step_hook: Callable[[str], None] = _no_hook
+"""Called with "write", "seal", "rename" and "renamed" as a publication passes these points; tests replace it."""
+
+
+@contextmanager
+def publish_directory(
+    path: Path | str, *, replace: bool = False, extra: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
+    """Yield a temporary directory; when the block ends well, it becomes `path`, sealed and durable.
+
+    On any exception (Ctrl-C included) nothing is left. `extra` is stored in the manifest. An existing `path` is an
+    error unless `replace`; it then stays valid until the instant the new one takes its place.
+    """
+    path = Path(path)
+    if path.exists() and not replace:
+        raise UserError(f"{path} exists already; remove it or choose another place")
+    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{secrets.token_hex(4)}")
+    make_directory(temporary)
+    try:
+        step_hook("write")
+        yield temporary
+        seal_directory(temporary, extra=extra)
+        step_hook("rename")
+        _move_into_place(temporary, path)
+        step_hook("renamed")
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def publish_file(path: Path | str, data: bytes | str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part, whatever happens meanwhile."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{secrets.token_hex(4)}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync_directory(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def make_directory(path: Path) -> None:
+    """Create `path` and its parents, or say in one sentence why not."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot create the directory {path.parent}: {error.strerror}; choose a writable place"
+        ) from error
+
+
+def seal_directory(directory: Path, *, extra: Mapping[str, Any] | None = None) -> None:
+    """Flush every file below `directory` and write its manifest (also flushed)."""
+    step_hook("seal")
+    files: dict[str, dict[str, Any]] = {}
+    for file in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
+        _fsync_file(file)
+        name = file.relative_to(directory).as_posix()
+        files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    manifest = {"format": FORMAT, "files": files, **(extra or {})}
+    target = directory / MANIFEST
+    target.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    _fsync_file(target)
+    for folder in [directory, *(p for p in directory.rglob("*") if p.is_dir())]:
+        fsync_directory(folder)
+
+
+def verify_directory(directory: Path | str) -> dict[str, Any]:
+    """Check every file against the manifest and return it; a `UserError` names the first file that is not as sealed."""
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    for name, expected in manifest["files"].items():
+        file = directory / name
+        if not file.is_file():
+            raise UserError(f"{directory} is damaged: {name} is missing; use another copy")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise UserError(
+                f"{directory} is damaged: {name} has {size} bytes, not {expected['bytes']}; use another copy"
+            )
+        if sha256_file(file) != expected["sha256"]:
+            raise UserError(
+                f"{directory} is damaged: the content of {name} does not match its SHA-256; use another copy"
+            )
+    return manifest
+
+
+def read_manifest(directory: Path | str) -> dict[str, Any]:
+    """The manifest of a sealed directory, its shape checked but not the files."""
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{directory} has no {MANIFEST}: it was not written completely, or is not such a directory"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); use another copy") from error
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()
+    ):
+        raise UserError(f"{path} is not a manifest; use another copy")
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; update the project")
+    return manifest
+
+
+def sha256_file(path: Path | str) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Delete temporary entries that a killed process left in `parent`. Only for a parent that has one writer."""
+    for leftover in parent.glob(f".*{TEMPORARY_MARK}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _move_into_place(temporary: Path, path: Path) -> None:
+    """Rename over `path`; a directory in its place is moved aside first, since rename cannot replace a full one."""
+    old = path.with_name(f".{path.name}{TEMPORARY_MARK}old-{secrets.token_hex(4)}")
+    had_old = path.exists()
+    if had_old:
+        path.rename(old)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if had_old:
+            with suppress(OSError):
+                old.rename(path)
+        raise
+    fsync_directory(path.parent)
+    if had_old:
+        shutil.rmtree(old, ignore_errors=True)
