@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ step_hook: Callable[[str], None] = _no_hook
 @contextmanager
 def publish_directory(
     path: Path | str, *, replace: bool = False, extra: Mapping[str, Any] | None = None
-) -> Iterator[Path]:
+) -> Generator[Path]:
     """Yield a temporary directory; when the block ends well, it becomes `path`, sealed and durable.
 
     On any exception (Ctrl-C included) nothing is left. `extra` is stored in the manifest. An existing `path` is an
@@ -158,7 +158,7 @@ def fsync_directory(path: Path) -> None:
 def remove_leftovers(parent: Path) -> None:
     """Delete temporary entries that a killed process left in `parent`. Only for a parent that has one writer."""
     for leftover in parent.glob(f".*{TEMPORARY_MARK}*"):
-        if leftover.is_dir():
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)

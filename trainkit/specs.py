@@ -41,7 +41,7 @@ class TrainingSpec:
     compile: bool = False
     """Run the model through `torch.compile`."""
     deterministic: bool = False
-    """Ask PyTorch for deterministic kernels: bit-exact resume on CUDA needs it, at a cost in speed; CPU has it anyway."""
+    """Ask PyTorch for deterministic kernels: bit-exact resume on CUDA needs it, at a cost in speed; on CPU they are."""
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Decay per step of the averaged weights that evaluation and inference can use; 0 keeps none."""
     device: str = "auto"

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from trainkit.averaging import averaged_weights, start_average, update_average
+from trainkit.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors, split_parameters
+from trainkit.specs import AdamWSpec
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(5, 4)
+        self.norm = nn.LayerNorm(4)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(self.table(ids)))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for step in range(steps):
+        ids = torch.tensor([step % 5, 1, 2])
+        model(ids).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_only_matrices_decay() -> None:
+    decayed, kept = split_parameters(Small())
+    assert {name for name, _ in decayed} == {"linear.weight"}
+    assert {name for name, _ in kept} == {"table.weight", "norm.weight", "norm.bias", "linear.bias"}
+
+
+def test_update_follows_the_paper() -> None:
+    """Two AdamW updates against the formulas of arXiv:1711.05101, algorithm 2, written out."""
+    model = nn.Linear(3, 2, bias=False).double()
+    spec = AdamWSpec(learning_rate=0.01, weight_decay=0.5, beta1=0.8, beta2=0.9, eps=1e-6)
+    optimizer = build_optimizer(spec, model)
+    wanted, m, v = model.weight.detach().clone(), 0.0, 0.0
+    x = torch.tensor([[1.0, -2.0, 3.0]], dtype=torch.float64)
+    for t in (1, 2):
+        model(x).square().sum().backward()
+        g = model.weight.grad.clone()
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
+        update = (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-6)
+        wanted = wanted - 0.01 * (update + 0.5 * wanted)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(model.weight.detach(), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_state_by_name_continues_to_the_bit() -> None:
+    straight = Small()
+    optimizer = build_optimizer(AdamWSpec(), straight)
+    train(straight, optimizer, 3)
+    saved = {name: t.clone() for name, t in optimizer_tensors(optimizer, straight).items()}
+    weights = {name: t.clone() for name, t in straight.state_dict().items()}
+    assert "linear.weight/exp_avg" in saved
+    train(straight, optimizer, 4)
+
+    resumed = Small()
+    resumed.load_state_dict(weights)
+    again = build_optimizer(AdamWSpec(), resumed)
+    load_optimizer_tensors(again, resumed, saved)
+    for _ in range(1):
+        train(resumed, again, 4)
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name])
+
+
+def test_average_is_the_recursion_and_swaps_back_to_the_bit() -> None:
+    model = Small()
+    average = start_average(model)
+    by_hand = {name: t.clone() for name, t in average.items()}
+    optimizer = build_optimizer(AdamWSpec(learning_rate=0.1), model)
+    for step in range(1, 30):
+        train(model, optimizer, 1)
+        update_average(average, model, 0.7, step)
+        decay = min(0.7, (1 + step) / (10 + step))
+        by_hand = {n: decay * by_hand[n] + (1 - decay) * p.detach() for n, p in model.named_parameters()}
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with averaged_weights(model, average):
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.detach(), by_hand[name])
+            assert not torch.equal(parameter, before[name])
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

@@ -1,0 +1,150 @@
+"""The ranks of a run: who I am, where I compute, and the few collective operations that the loop needs.
+
+`torchrun` is the engine; without it a run is a world of one, on the same path.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainkit.errors import EXIT_USAGE, UserError
+from trainkit.specs import TrainingSpec
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control_group: dist.ProcessGroup | None = None
+    """A CPU group for agreements between ranks; None in a world of one."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A model as the loop uses it: `forward` is the wrapped module, `module` the plain one."""
+
+    forward: nn.Module
+    module: nn.Module
+    no_sync: Callable[[], AbstractContextManager[None]]
+    """Within this context backward passes leave gradients local."""
+
+
+@contextmanager
+def open_world(training: TrainingSpec) -> Generator[World]:
+    """Join the process group that torchrun describes, or be alone; leave it at the end."""
+    device = choose_device(training.device, int(os.environ.get("LOCAL_RANK", "0")))
+    configure_process(training)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(rank=0, size=1, device=device)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    try:
+        control_group = dist.new_group(backend="gloo")
+        assert isinstance(control_group, dist.ProcessGroup)
+        yield World(dist.get_rank(), size, device, control_group)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The device that `training.device` means for this rank, or one sentence why it cannot be."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(
+            f'training.device = "{name}" is no device; use auto, cpu, cuda, cuda:0 or mps', EXIT_USAGE
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f'training.device = "{name}", but this machine has no usable CUDA device; use auto or cpu')
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f'training.device = "{name}", but this machine has no usable MPS device; use auto or cpu')
+    return torch.device("cuda", local_rank) if name == "cuda" else device
+
+
+def configure_process(training: TrainingSpec) -> None:
+    """Process-wide settings of PyTorch, made once, here."""
+    if training.threads:
+        torch.set_num_threads(training.threads)
+    # TF32 on tensor cores: matmuls in "fp32" keep 10 bits of mantissa, about 8 times faster; convolutions likewise.
+    torch.set_float32_matmul_precision("highest" if training.deterministic else "high")
+    if training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def replicate(model: nn.Module, world: World) -> Replica:
+    """Wrap `model` so that backward passes outside of `no_sync` add gradients over all ranks."""
+    if world.size == 1:
+        return Replica(model, model, nullcontext)
+    with warnings.catch_warnings():
+        # torch 2.15 renames the option; the old name is the one that all supported versions know.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        wrapped = DistributedDataParallel(
+            model, device_ids=[world.device] if world.device.type == "cuda" else None, broadcast_buffers=False
+        )
+    # DDP divides by the number of ranks. A task's value is already divided by the step's global denominators, so that
+    # gradients must be summed. (A lambda, because DDP compares annotations as objects and ours are strings.)
+    wrapped.register_comm_hook(None, lambda _, bucket: _sum_gradients(bucket))
+    return Replica(wrapped, model, wrapped.no_sync)
+
+
+def _sum_gradients(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # pyright: ignore[reportPrivateImportUsage]
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(_first_value)
+
+
+def _first_value(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+    return future.value()[0]
+
+
+def sum_over_ranks(values: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Each scalar summed over the ranks in float64, in one collective; the names must be the same on all ranks."""
+    names = sorted(values)
+    if not names:
+        return {}
+    stacked = torch.stack([values[name].detach().to(widest_float(world.device)) for name in names])
+    if world.size > 1:
+        dist.all_reduce(stacked)
+    return dict(zip(names, stacked.unbind(), strict=True))
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """Whether any rank says so: all ranks get the same answer. Over the CPU group, so that no device waits."""
+    if world.control_group is None:
+        return flag
+    votes = torch.tensor([int(flag)])
+    dist.all_reduce(votes, group=world.control_group)
+    return bool(votes.item())
+
+
+def wait_for_all(world: World) -> None:
+    if world.control_group is not None:
+        dist.barrier(group=world.control_group)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The type for sums over many values: 64 bits wherever the device has them."""
+    return torch.float32 if device.type == "mps" else torch.float64

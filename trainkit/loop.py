@@ -1,0 +1,319 @@
+"""The training loop: one step at a time, on any number of ranks, resumable at every one of them.
+
+Read `train` first; the functions below it are its sentences. The loop reads no clock and no random number that could
+change a result, and it never waits for the device between two log steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trainkit.averaging import averaged_weights, start_average, update_average
+from trainkit.checkpoints import CheckpointStore, Snapshot, load_model_tensors, model_tensors, save_checkpoint
+from trainkit.distribution import Replica, World, any_rank, replicate, wait_for_all
+from trainkit.errors import EXIT_USAGE, UserError
+from trainkit.meter import Meter
+from trainkit.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from trainkit.precision import autocast_context, build_scaler
+from trainkit.schedules import learning_rate_factor
+from trainkit.specs import OptimizerSpec, ScheduleSpec, TrainingSpec
+from trainkit.step import accumulate_gradients
+from trainkit.task import Batch, RunFacts, Task
+
+DataState = dict[str, Any]
+
+
+class Source(Protocol):
+    """Training data as an iterator that carries its state."""
+
+    def steps(self, state: DataState | None) -> Iterator[tuple[list[Batch], DataState]]:
+        """Yield, for ever, this rank's micro-batches of the next step and the JSON state after it.
+
+        `None` starts from the beginning. A checkpoint records the state of the last step *trained*, however far the
+        source has read ahead.
+        """
+        ...
+
+
+class Log(Protocol):
+    """Where records go; `trainkit.logging` has the real one."""
+
+    def write(self, record: Mapping[str, Any]) -> None: ...
+    def message(self, text: str) -> None: ...
+    @property
+    def offset(self) -> int:
+        """Bytes of `metrics.jsonl` so far."""
+        ...
+
+
+Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
+"""Called on all ranks with the plain model (averaged weights inside, where kept) and the step."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the loop needs, composed by the caller."""
+
+    model: nn.Module
+    task: Task
+    source: Source
+    training: TrainingSpec
+    optimizer: OptimizerSpec
+    schedule: ScheduleSpec
+    world: World
+    log: Log
+    facts: RunFacts = field(default_factory=RunFacts)
+    checkpoints: CheckpointStore | None = None
+    evaluate: Evaluate | None = None
+    best_metric: str = "val_loss"
+    """Which value of `evaluate` decides about the best checkpoint; lower is better."""
+    sample: Callable[[nn.Module, int], None] | None = None
+    stop_requested: Callable[[], bool] = lambda: False
+    """Polled once a step, on every rank; when any says so, all save and stop."""
+
+
+@dataclass(frozen=True)
+class Result:
+    status: Literal["finished", "preempted", "non-finite"]
+    step: int
+    """Optimizer steps done, over all attempts."""
+    best: dict[str, Any]
+    """`{"step": …, "value": …}` of the best validation; empty when there was none."""
+    checkpoint: Path | None
+    """The newest one written by this call."""
+
+
+@dataclass
+class _State:
+    """What changes while training."""
+
+    replica: Replica
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: dict[str, Tensor]
+    meter: Meter
+    step: int = 0
+    data: DataState | None = None
+    best: dict[str, Any] | None = None
+    checkpoint: Path | None = None
+
+
+def train(run: Run, resume: Snapshot | None = None) -> Result:
+    """Train to `max_steps`, or until asked to stop, or until the numbers stop being finite."""
+    training = run.training
+    state = _start(run, resume)
+    clock = _Clock(run, state.step)
+    status: Literal["finished", "preempted", "non-finite"] = "finished"
+    steps = run.source.steps(state.data)
+    while state.step < training.max_steps:
+        micro_batches, data_state = next(steps)
+        _take_step(run, state, micro_batches)
+        state.step, state.data = state.step + 1, data_state
+
+        is_last = state.step == training.max_steps
+        is_stopping = any_rank(run.stop_requested(), run.world) and not is_last
+        evaluates = (
+            run.evaluate is not None and not training.skip_validation and _due(state, training.eval_every, is_last)
+        )
+        saves = _due(state, training.save_every, is_last or is_stopping)
+        logs = _due(state, training.log_every, is_last)
+        # Non-finite numbers are looked for wherever the device is waited for anyway, and before anything is kept.
+        if (logs or evaluates or saves) and not _is_finite(run, state):
+            status = "non-finite"
+            break
+        if logs:
+            run.log.write(_training_record(run, state, clock))
+        if evaluates and _validate(run, state, clock):
+            saves = True
+        if run.sample is not None and _due(state, training.sample_every, is_last):
+            with clock.paused(), _evaluation_weights(state):
+                run.sample(state.replica.module, state.step)
+        if saves and run.checkpoints is not None:
+            with clock.paused():
+                _save(run, run.checkpoints, state)
+        if is_stopping:
+            status = "preempted"
+            break
+    _close(steps)
+    return Result(status, state.step, state.best or {}, state.checkpoint)
+
+
+def samples_per_step(training: TrainingSpec, facts: RunFacts) -> int:
+    """B, the rows of one optimizer step over all ranks."""
+    samples, rest = divmod(training.total_batch_size, facts.units_per_sample)
+    if rest or not samples:
+        raise UserError(
+            f"training.total_batch_size = {training.total_batch_size} is not a multiple of the "
+            f"{facts.units_per_sample} {facts.unit_name} of one sample; choose a multiple",
+            EXIT_USAGE,
+        )
+    return samples
+
+
+def _start(run: Run, resume: Snapshot | None) -> _State:
+    """Build what changes; with a snapshot, put back all of it."""
+    model = run.model.to(run.world.device).train()
+    if resume is not None:
+        load_model_tensors(model, resume.model, "the checkpoint")
+    if run.training.compile:
+        # In place, so that parameter names keep no wrapper prefix.
+        model.compile()
+    state = _State(
+        replica=replicate(model, run.world),
+        optimizer=build_optimizer(run.optimizer, model),
+        scaler=build_scaler(run.training.precision, run.world.device),
+        average=start_average(model) if run.training.ema_decay else {},
+        meter=Meter(run.world),
+    )
+    if resume is not None:
+        if not resume.optimizer:
+            raise UserError(
+                "the checkpoint holds no optimizer state (it was saved with checkpoint.save_optimizer = false)"
+            )
+        load_optimizer_tensors(state.optimizer, model, resume.optimizer)
+        for name in state.average.keys() & resume.average.keys():
+            state.average[name].copy_(resume.average[name])
+        trainer = resume.trainer
+        state.step, state.data, state.best = trainer["step"], trainer["data"], trainer["best"] or None
+        state.scaler.load_state_dict(trainer["scaler"])
+        state.meter.load_totals(trainer["open_metrics"])
+    return state
+
+
+def _take_step(run: Run, state: _State, micro_batches: list[Batch]) -> None:
+    """One optimizer step; the device may still be working on it when this returns."""
+    training, device = run.training, run.world.device
+    factor = learning_rate_factor(run.schedule, state.step, training.max_steps)
+    set_learning_rate(state.optimizer, run.optimizer.learning_rate * factor)
+    metrics = accumulate_gradients(
+        state.replica,
+        run.task,
+        [_to_device(batch, device) for batch in micro_batches],
+        run.world,
+        autocast=partial(autocast_context, training.precision, device),
+        scale=state.scaler.scale,
+    )
+    state.scaler.unscale_(state.optimizer)
+    norm = nn.utils.clip_grad_norm_(state.replica.module.parameters(), training.gradient_clip or math.inf)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    if training.ema_decay:
+        update_average(state.average, state.replica.module, training.ema_decay, state.step + 1)
+    share = 1.0 / run.world.size  # every rank holds the same norm
+    state.meter.add({**metrics, "gradient_norm": (norm * share, torch.full_like(norm, share))})
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cpu":
+        return batch
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _due(state: _State, every: int, regardless: bool) -> bool:
+    return regardless or (every > 0 and state.step % every == 0)
+
+
+def _is_finite(run: Run, state: _State) -> bool:
+    """Whether every metric since the last record is finite; a scaler may skip steps whose gradient overflowed."""
+    bad = [
+        name
+        for name, value in state.meter.read().items()
+        if not math.isfinite(value) and not (name == "gradient_norm" and state.scaler.is_enabled())
+    ]
+    if bad:
+        run.log.message(
+            f"stopped at step {state.step}: {', '.join(bad)} became infinite or NaN; nothing of it was saved, "
+            "the newest checkpoint is from before; lower optimizer.learning_rate or look at the data"
+        )
+    return not bad
+
+
+def _training_record(run: Run, state: _State, clock: _Clock) -> dict[str, Any]:
+    metrics = state.meter.read()
+    state.meter.clear()
+    record: dict[str, Any] = {"kind": "train", "step": state.step, **metrics}
+    record["learning_rate"] = state.optimizer.param_groups[0]["lr"]
+    record[f"{run.facts.unit_name}_seen"] = state.step * run.training.total_batch_size
+    return record | clock.read(state.step)
+
+
+def _validate(run: Run, state: _State, clock: _Clock) -> bool:
+    """Evaluate, record it, and say whether this is the best so far."""
+    assert run.evaluate is not None
+    with clock.paused(), _evaluation_weights(state):
+        values = dict(run.evaluate(state.replica.module, state.step))
+    run.log.write({"kind": "eval", "step": state.step, **values})
+    value = values.get(run.best_metric)
+    if value is None or not math.isfinite(value) or (state.best is not None and value >= state.best["value"]):
+        return False
+    state.best = {"step": state.step, "value": value, "metric": run.best_metric}
+    return True
+
+
+def _evaluation_weights(state: _State) -> AbstractContextManager[None]:
+    return averaged_weights(state.replica.module, state.average) if state.average else nullcontext()
+
+
+def _save(run: Run, store: CheckpointStore, state: _State) -> None:
+    """Checkpoint from the first rank; the others wait, so that all agree on what exists."""
+    open_metrics = state.meter.totals()
+    if run.world.is_main:
+        samples = state.step * samples_per_step(run.training, run.facts)
+        trainer = {
+            "step": state.step,
+            "samples": samples,
+            "data": state.data,
+            "best": state.best or {},
+            "max_steps": run.training.max_steps,
+            "scaler": state.scaler.state_dict(),
+            "open_metrics": open_metrics,
+            "log_offset": run.log.offset,
+        }
+        model = state.replica.module
+        snapshot = Snapshot(trainer, model_tensors(model), optimizer_tensors(state.optimizer, model), state.average)
+        state.checkpoint = save_checkpoint(store, snapshot)
+    wait_for_all(run.world)
+
+
+def _close(steps: Iterator[tuple[list[Batch], DataState]]) -> None:
+    """Let a source stop its threads now rather than when the garbage collector finds it."""
+    close = getattr(steps, "close", None)
+    if close is not None:
+        close()
+
+
+class _Clock:
+    """Throughput between records, without the time that evaluation and saving took."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        self._run = run
+        self._step = step
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def read(self, step: int) -> dict[str, float]:
+        """Seconds per step and units per second since the last call; then start over."""
+        now = time.perf_counter()
+        steps, seconds = step - self._step, max(now - self._since, 1e-9)
+        self._step, self._since = step, now
+        units = steps * self._run.training.total_batch_size / seconds
+        values = {"step_seconds": seconds / steps, f"{self._run.facts.unit_name}_per_second": units}
+        if self._run.facts.flops_per_unit:
+            values["flops_per_second"] = units * self._run.facts.flops_per_unit
+        return values

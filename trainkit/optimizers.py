@@ -1,0 +1,70 @@
+"""Optimizers and their parameter groups, built from specs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trainkit.specs import OptimizerSpec
+
+
+def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over two groups: matrices decay; vectors and embeddings do not.
+
+    Decaying gains, biases and embedding rows pulls them towards zero for no benefit in generalisation. Each group
+    carries its `name`.
+    """
+    decayed, kept = split_parameters(model)
+    groups = [
+        {"params": [p for _, p in decayed], "weight_decay": spec.weight_decay, "name": "matrices"},
+        {"params": [p for _, p in kept], "weight_decay": 0.0, "name": "vectors"},
+    ]
+    device_type = next(model.parameters()).device.type
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=spec.learning_rate,
+        betas=(spec.beta1, spec.beta2),
+        eps=spec.eps,
+        # One kernel per group instead of several per parameter; it exists on these devices.
+        fused=device_type in ("cpu", "cuda"),
+    )
+
+
+def split_parameters(model: nn.Module) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, nn.Parameter]]]:
+    """Trainable parameters that decay (matrices) and that do not (vectors, embedding tables), with their names."""
+    tables = {
+        f"{name}.weight" if name else "weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    decayed: list[tuple[str, nn.Parameter]] = []
+    kept: list[tuple[str, nn.Parameter]] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim >= 2 and name not in tables else kept).append((name, parameter))
+    return decayed, kept
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as `{"<parameter name>/<state name>": tensor}`; free of group order and world size."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave, to the bit."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, state_name = key.rsplit("/", 1)
+        parameter = parameters[name]
+        # Step counters live on the CPU, whatever the device, unless the kernel is fused on CUDA.
+        on_device = value.ndim > 0 or optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+        optimizer.state[parameter][state_name] = value.to(parameter.device if on_device else "cpu", copy=True)
