@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ def test_warm_up_is_linear_and_reaches_the_peak(spec: ScheduleSpec) -> None:
     factors = [learning_rate_factor(spec, step, 100) for step in range(100)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10] == 1
-    assert all(later <= earlier for earlier, later in zip(factors[10:], factors[11:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(factors[10:]))
 
 
 def test_each_ends_where_it_says() -> None:
@@ -33,7 +34,7 @@ def test_wsd_is_flat_until_its_decay_and_then_linear() -> None:
     factors = [learning_rate_factor(SCHEDULES[2], step, 100) for step in range(100)]
     assert factors[10:70] == [1] * 60
     assert factors[70] < 1
-    steps = [a - b for a, b in zip(factors[69:], factors[70:], strict=False)]
+    steps = [a - b for a, b in pairwise(factors[69:])]
     assert steps == pytest.approx([0.95 / 30] * 30)
 
 

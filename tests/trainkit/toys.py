@@ -99,7 +99,8 @@ TOYS: dict[str, tuple[Callable[[], nn.Module], Task]] = {
 def make_rows(sample: Tensor, dtype: torch.dtype = torch.float32) -> Batch:
     """Rows for any of the toys, each a pure function of its sample index; lengths differ from row to row."""
     x = normal(1, Purpose.CORPUS, sample, 3).to(dtype)
-    tokens = random_bits(2, Purpose.CORPUS, sample, 9) % 10 + 1
+    start = random_bits(2, Purpose.CORPUS, sample, 1) % 10
+    tokens = (start + 3 * torch.arange(9)) % 10 + 1
     lengths = 2 + random_bits(3, Purpose.CORPUS, sample, 1) % 8
     tokens = torch.where(torch.arange(9) < lengths, tokens, 0)
     valid = torch.ones(len(sample), dtype=torch.bool)
