@@ -1,4 +1,4 @@
-"""What a model is, as frozen dataclasses that import nothing heavy. The vocabulary is the tokenizer's, so it is not here."""
+"""What a model is, as frozen dataclasses that import nothing heavy. The vocabulary is the tokenizer's: not here."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TransformerSpec:
     qk_norm: bool = False
     """Normalise queries and keys of each head before attention (arXiv:2302.05442)."""
     zero_init_output: bool = False
-    """Start the last projection of each attention and feed-forward layer at zero, so that a block begins as identity."""
+    """Start the last projection of each attention and feed-forward layer at zero: a block begins as the identity."""
     rope_theta: Annotated[float, Gt(1)] = 10000.0
     """Base of the rotary frequencies (arXiv:2104.09864)."""
     rope_scaling: RopeScaling = "none"
