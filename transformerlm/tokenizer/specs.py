@@ -21,6 +21,6 @@ class TokenizerTrainingSpec:
     special_tokens: tuple[str, ...] = (END_OF_TEXT, PAD, MASK)
     """Atomic tokens, never merged with text; they take the last ids in this order."""
     pattern: Literal["gpt2"] = "gpt2"
-    """How text is split before merging; no token crosses a split. `gpt2`: contractions, letters, digits, the rest, spaces."""
+    """How text is split before merging (no token crosses a split): as GPT-2 does, by letters, numbers, and the rest."""
     allow_smaller: bool = False
     """Accept a corpus that cannot yield enough merges, and write the smaller vocabulary that it reaches."""

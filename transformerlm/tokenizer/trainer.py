@@ -1,0 +1,157 @@
+"""Learn merges from text: count words once, then merge the most frequent pair of neighbours, again and again.
+
+Memory is bounded by the number of distinct words, not by the length of the corpus. A merge touches only the words that
+hold its pair, and pair counts are kept up to date instead of being counted anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
+
+from trainkit.errors import UserError
+from transformerlm.tokenizer.pretokenizer import as_text, pretokenize, to_bytes
+from transformerlm.tokenizer.special_tokens import split_special
+from transformerlm.tokenizer.specs import TokenizerTrainingSpec
+from transformerlm.tokenizer.tokenizer import Tokenizer
+from transformerlm.tokenizer.vocabulary import BYTES, Merge, check_special_tokens, trained_vocabulary
+
+Progress = Callable[[str, int], None]
+"""Called as `progress("count", documents read so far)` and `progress("merge", merges learned so far)`."""
+
+Pair = tuple[int, int]
+
+
+def _silent(stage: str, done: int) -> None:
+    del stage, done
+
+
+def train_tokenizer(
+    texts: Iterable[str | bytes], spec: TokenizerTrainingSpec, *, progress: Progress = _silent
+) -> Tokenizer:
+    """Train on `texts`, which are read once and not kept.
+
+    The result depends on the multiset of words alone: not on the order of the texts, nor on hashing. Raises `UserError`
+    when the settings contradict themselves, when there is no text, or when it cannot yield enough merges.
+    """
+    num_merges = wanted_merges(spec)
+    words = count_words(texts, spec.special_tokens, progress=progress)
+    if not words:
+        raise UserError("the corpus for the tokenizer is empty; give it files that hold text")
+    merges = learn_merges(words, num_merges, progress=progress)
+    if len(merges) < num_merges and not spec.allow_smaller:
+        reached = spec.vocab_size - num_merges + len(merges)
+        raise UserError(
+            f"the corpus yields only {len(merges)} of {num_merges} merges; give more text, or vocab_size = {reached}, "
+            "or allow_smaller = true"
+        )
+    return Tokenizer(trained_vocabulary(merges, spec.special_tokens))
+
+
+def wanted_merges(spec: TokenizerTrainingSpec) -> int:
+    """How many merges fill the vocabulary; raises `UserError` on settings that cannot be met."""
+    check_special_tokens(spec.special_tokens, "tokenizer settings")
+    smallest = len(BYTES) + len(spec.special_tokens)
+    if spec.vocab_size < smallest:
+        raise UserError(
+            f"vocab_size = {spec.vocab_size} is too small: 256 bytes and {len(spec.special_tokens)} special tokens "
+            f"need at least {smallest}"
+        )
+    return spec.vocab_size - smallest
+
+
+def count_words(
+    texts: Iterable[str | bytes], special_tokens: Iterable[str] = (), *, progress: Progress = _silent
+) -> Counter[bytes]:
+    """How often each pre-token occurs; special tokens divide the text and are not counted."""
+    special_names = frozenset(special_tokens)
+    counts: Counter[str] = Counter()
+    for number, text in enumerate(map(as_text, texts), start=1):
+        for start, end, _ in split_special(text, special_names):
+            for words in pretokenize(text, start, end):
+                counts.update(words)
+        progress("count", number)
+    return Counter({to_bytes(word): count for word, count in counts.items()})
+
+
+def learn_merges(words: Mapping[bytes, int], num_merges: int, *, progress: Progress = _silent) -> list[Merge]:
+    """Up to `num_merges` merges, fewer when every word has become one token.
+
+    Each merge takes the pair with the largest count over all words, and of equals the lexicographically greatest pair
+    of byte strings.
+    """
+    tokens = list(BYTES)
+    inverted = [_inverted(token) for token in tokens]
+    sequences = [list(word) for word in words]
+    frequencies = list(words.values())
+    counts, places = _count_pairs(sequences, frequencies)
+    # The best pair is the least entry. Counts only fall once a pair's younger token has been made, so an entry may
+    # promise too much but never too little: it is corrected when it comes to the top.
+    queue = [(-count, inverted[left], inverted[right], left, right) for (left, right), count in counts.items()]
+    heapify(queue)
+    merges: list[Merge] = []
+    while queue and len(merges) < num_merges:
+        negative, left_key, right_key, left, right = heappop(queue)
+        count = counts[left, right]
+        if count != -negative:
+            if count > 0:
+                heappush(queue, (-count, left_key, right_key, left, right))
+            continue
+        merged = len(tokens)
+        tokens.append(tokens[left] + tokens[right])
+        inverted.append(_inverted(tokens[merged]))
+        merges.append((tokens[left], tokens[right]))
+        changes: Counter[Pair] = Counter()
+        for place in places.pop((left, right)):
+            _merge_in_word(sequences[place], left, right, merged, frequencies[place], changes)
+            for pair in pairwise(sequences[place]):
+                if merged in pair:
+                    places[pair].add(place)
+        for pair, change in changes.items():
+            counts[pair] += change
+            if merged in pair and counts[pair] > 0:
+                heappush(queue, (-counts[pair], inverted[pair[0]], inverted[pair[1]], *pair))
+        progress("merge", len(merges))
+    return merges
+
+
+def _count_pairs(sequences: list[list[int]], frequencies: list[int]) -> tuple[Counter[Pair], dict[Pair, set[int]]]:
+    """How often each pair of neighbours occurs, and the numbers of the words that hold it (or have held it)."""
+    counts: Counter[Pair] = Counter()
+    places: dict[Pair, set[int]] = defaultdict(set)
+    for place, (sequence, frequency) in enumerate(zip(sequences, frequencies, strict=True)):
+        for pair in pairwise(sequence):
+            counts[pair] += frequency
+            places[pair].add(place)
+    return counts, places
+
+
+def _merge_in_word(
+    sequence: list[int], left: int, right: int, merged: int, frequency: int, changes: Counter[Pair]
+) -> None:
+    """Replace `left right` by `merged` in `sequence`, from left to right, and note how pair counts change."""
+    result: list[int] = []
+    position = 0
+    while position < len(sequence):
+        if position + 1 < len(sequence) and sequence[position] == left and sequence[position + 1] == right:
+            result.append(merged)
+            position += 2
+        else:
+            result.append(sequence[position])
+            position += 1
+    if len(result) < len(sequence):
+        for pair in pairwise(sequence):
+            changes[pair] -= frequency
+        for pair in pairwise(result):
+            changes[pair] += frequency
+        sequence[:] = result
+
+
+def _inverted(token: bytes) -> str:
+    """A key that sorts the other way round than `token`: the least key is the greatest byte string.
+
+    Complemented bytes alone would still put a prefix first; the end mark, above every byte, puts it last.
+    """
+    return "".join(chr(255 - value) for value in token) + "\u0100"
