@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,22 +26,24 @@ from trainkit.errors import EXIT_USAGE, UserError
 from trainkit.meter import Meter
 from trainkit.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from trainkit.precision import autocast_context, build_scaler
+from trainkit.preflight import describe, estimate_run
 from trainkit.schedules import learning_rate_factor
 from trainkit.specs import OptimizerSpec, ScheduleSpec, TrainingSpec
 from trainkit.step import accumulate_gradients
 from trainkit.task import Batch, RunFacts, Task
 
 DataState = dict[str, Any]
+Status = Literal["finished", "preempted", "non-finite"]
 
 
 class Source(Protocol):
     """Training data as an iterator that carries its state."""
 
-    def steps(self, state: DataState | None) -> Iterator[tuple[list[Batch], DataState]]:
+    def steps(self, state: DataState | None) -> Generator[tuple[list[Batch], DataState]]:
         """Yield, for ever, this rank's micro-batches of the next step and the JSON state after it.
 
         `None` starts from the beginning. A checkpoint records the state of the last step *trained*, however far the
-        source has read ahead.
+        source has read ahead. Closing the generator stops whatever it started.
         """
         ...
 
@@ -84,7 +87,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    status: Literal["finished", "preempted", "non-finite"]
+    status: Status
     step: int
     """Optimizer steps done, over all attempts."""
     best: dict[str, Any]
@@ -110,27 +113,33 @@ class _State:
 
 def train(run: Run, resume: Snapshot | None = None) -> Result:
     """Train to `max_steps`, or until asked to stop, or until the numbers stop being finite."""
-    training = run.training
     state = _start(run, resume)
+    status: Status = "finished"
+    if state.step < run.training.max_steps:
+        with closing(run.source.steps(state.data)) as steps:
+            first = next(steps)
+            _announce(run, state, first[0])
+            status = _run_steps(run, state, chain([first], steps))
+    return Result(status, state.step, state.best or {}, state.checkpoint)
+
+
+def _run_steps(run: Run, state: _State, steps: Iterable[tuple[list[Batch], DataState]]) -> Status:
+    """Step, and after each step whatever is due: record, validate, sample, save, stop."""
+    training = run.training
+    validates = run.evaluate is not None and not training.skip_validation
     clock = _Clock(run, state.step)
-    status: Literal["finished", "preempted", "non-finite"] = "finished"
-    steps = run.source.steps(state.data)
-    while state.step < training.max_steps:
-        micro_batches, data_state = next(steps)
+    for micro_batches, data_state in steps:
         _take_step(run, state, micro_batches)
         state.step, state.data = state.step + 1, data_state
 
         is_last = state.step == training.max_steps
         is_stopping = any_rank(run.stop_requested(), run.world) and not is_last
-        evaluates = (
-            run.evaluate is not None and not training.skip_validation and _due(state, training.eval_every, is_last)
-        )
-        saves = _due(state, training.save_every, is_last or is_stopping)
         logs = _due(state, training.log_every, is_last)
+        evaluates = validates and _due(state, training.eval_every, is_last)
+        saves = _due(state, training.save_every, is_last or is_stopping)
         # Non-finite numbers are looked for wherever the device is waited for anyway, and before anything is kept.
         if (logs or evaluates or saves) and not _is_finite(run, state):
-            status = "non-finite"
-            break
+            return "non-finite"
         if logs:
             run.log.write(_training_record(run, state, clock))
         if evaluates and _validate(run, state, clock):
@@ -142,10 +151,10 @@ def train(run: Run, resume: Snapshot | None = None) -> Result:
             with clock.paused():
                 _save(run, run.checkpoints, state)
         if is_stopping:
-            status = "preempted"
+            return "preempted"
+        if is_last:
             break
-    _close(steps)
-    return Result(status, state.step, state.best or {}, state.checkpoint)
+    return "finished"
 
 
 def samples_per_step(training: TrainingSpec, facts: RunFacts) -> int:
@@ -190,6 +199,24 @@ def _start(run: Run, resume: Snapshot | None) -> _State:
     return state
 
 
+def _announce(run: Run, state: _State, micro_batches: list[Batch]) -> None:
+    """Say what the run will cost, from a trial of its first micro-batch."""
+    estimate = estimate_run(
+        state.replica,
+        run.task,
+        [_to_device(batch, run.world.device) for batch in micro_batches],
+        run.world,
+        steps=run.training.max_steps - state.step,
+        units_per_step=run.training.total_batch_size,
+        autocast=_autocast(run),
+    )
+    run.log.message(describe(estimate, run.facts, run.world))
+
+
+def _autocast(run: Run) -> Callable[[], AbstractContextManager[object]]:
+    return partial(autocast_context, run.training.precision, run.world.device)
+
+
 def _take_step(run: Run, state: _State, micro_batches: list[Batch]) -> None:
     """One optimizer step; the device may still be working on it when this returns."""
     training, device = run.training, run.world.device
@@ -200,7 +227,7 @@ def _take_step(run: Run, state: _State, micro_batches: list[Batch]) -> None:
         run.task,
         [_to_device(batch, device) for batch in micro_batches],
         run.world,
-        autocast=partial(autocast_context, training.precision, device),
+        autocast=_autocast(run),
         scale=state.scaler.scale,
     )
     state.scaler.unscale_(state.optimizer)
@@ -284,13 +311,6 @@ def _save(run: Run, store: CheckpointStore, state: _State) -> None:
         snapshot = Snapshot(trainer, model_tensors(model), optimizer_tensors(state.optimizer, model), state.average)
         state.checkpoint = save_checkpoint(store, snapshot)
     wait_for_all(run.world)
-
-
-def _close(steps: Iterator[tuple[list[Batch], DataState]]) -> None:
-    """Let a source stop its threads now rather than when the garbage collector finds it."""
-    close = getattr(steps, "close", None)
-    if close is not None:
-        close()
 
 
 class _Clock:

@@ -209,3 +209,11 @@ def test_the_batch_must_be_a_whole_number_of_samples() -> None:
 def test_tasks_satisfy_the_protocol() -> None:
     tasks: list[Task] = [task for _, task in TOYS.values()]
     assert len(tasks) == 3
+
+
+def test_resuming_a_finished_run_trains_no_further(tmp_path: Path) -> None:
+    train(make_run(tmp_path, ListLog()))
+    before, log = sha(tmp_path), ListLog()
+    result = train(make_run(tmp_path, log), resume=newest(tmp_path))
+    assert (result.status, result.step, log.records) == ("finished", 30, [])
+    assert sha(tmp_path) == before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -129,7 +129,7 @@ class ToySource:
     samples: int = 12
     micro: int = 4
 
-    def steps(self, state: dict[str, Any] | None) -> Iterator[tuple[list[Batch], dict[str, Any]]]:
+    def steps(self, state: dict[str, Any] | None) -> Generator[tuple[list[Batch], dict[str, Any]]]:
         start = state["next_sample"] if state else 0
         while True:
             rank, size = self.world.rank, self.world.size
