@@ -1,0 +1,376 @@
+"""Token files: their bytes against an independent writer, what a reader sees, and every kind of damage refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainkit import artifacts
+from trainkit.data.megatron import (
+    IndexedTokens,
+    IndexedWriter,
+    bin_path,
+    idx_path,
+    manifest_path,
+    smallest_dtype,
+    verify,
+)
+from trainkit.errors import UserError
+
+CODES = {
+    "uint8": (1, "B"),
+    "int8": (2, "b"),
+    "int16": (3, "h"),
+    "int32": (4, "i"),
+    "int64": (5, "q"),
+    "uint16": (8, "H"),
+}
+SUFFIXES = (".bin", ".idx", ".json")
+
+
+def layout(sequences: list[list[int]], document_indices: list[int], dtype: str) -> tuple[bytes, bytes]:
+    """`.bin` and `.idx` straight from the description of the format."""
+    code, letter = CODES[dtype]
+    size = struct.calcsize(letter)
+    lengths = [len(sequence) for sequence in sequences]
+    pointers = [0, *accumulate(length * size for length in lengths)][: len(lengths)]
+    idx = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(document_indices))
+    idx += struct.pack(f"<{len(lengths)}i", *lengths)
+    idx += struct.pack(f"<{len(lengths)}q", *pointers)
+    idx += struct.pack(f"<{len(document_indices)}q", *document_indices)
+    return b"".join(struct.pack(f"<{len(s)}{letter}", *s) for s in sequences), idx
+
+
+def write(prefix: Path, documents: list[list[int]], dtype: str = "uint16", **facts: str) -> IndexedTokens:
+    with IndexedWriter(prefix, dtype, **facts) as writer:
+        for document in documents:
+            writer.add(np.array(document, dtype=np.int64), text_bytes=2 * len(document))
+    return IndexedTokens.open(prefix)
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+documents_of = {
+    name: st.lists(st.lists(st.integers(np.iinfo(name).min, np.iinfo(name).max), max_size=9), min_size=1, max_size=9)
+    for name in CODES
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(CODES)).flatmap(lambda name: st.tuples(st.just(name), documents_of[name])),
+    st.lists(st.integers(1, 4), max_size=9),
+)
+def test_bytes_and_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, case: tuple[str, list[list[int]]], cuts: list[int]
+):
+    dtype, documents = case
+    if not any(documents):
+        documents = [*documents, [1]]
+    prefix = tmp_path_factory.mktemp("data") / "with.dots"
+    with IndexedWriter(prefix, dtype, tokenizer="abc", source={"kind": "test"}) as writer:
+        rest = list(documents)
+        for cut in [*cuts, len(documents)]:  # any division into calls of `add` gives the same files
+            group, rest = rest[:cut], rest[cut:]
+            flat = np.array([token for document in group for token in document], dtype=np.int64)
+            writer.add(flat, np.array([len(document) for document in group], dtype=np.int64), text_bytes=len(flat))
+    expected = layout(documents, list(range(len(documents) + 1)), dtype)
+    assert (bin_path(prefix).read_bytes(), idx_path(prefix).read_bytes()) == expected
+
+    data = IndexedTokens.open(prefix)
+    assert data.tokens.dtype == dtype and not data.tokens.flags.writeable
+    assert len(data) == len(documents)
+    assert [data.document(i).tolist() for i in range(len(data))] == documents
+    assert data.offsets.tolist() == [0, *accumulate(map(len, documents))]
+    flat = [token for document in documents for token in document]
+    assert data.tokens.tolist() == flat
+    manifest = verify(prefix)
+    assert (manifest.tokens, manifest.documents, manifest.text_bytes) == (len(flat), len(documents), len(flat))
+    assert (manifest.min_token, manifest.max_token) == (min(0, *flat, 0), max(0, *flat, 0))
+    assert (manifest.tokenizer, manifest.source) == ("abc", {"kind": "test"})
+    manifest_path(prefix).unlink()
+    assert IndexedTokens.open(prefix).token_range == data.token_range
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=4), min_size=1, max_size=6))
+def test_documents_of_several_sequences(tmp_path_factory: pytest.TempPathFactory, documents: list[list[list[int]]]):
+    """Megatron-LM can cut a document into sentences; a document may even have none."""
+    documents = [*documents, [[1]]]
+    prefix = tmp_path_factory.mktemp("data") / "x"
+    indices = [0, *accumulate(map(len, documents))]
+    data, index = layout([sequence for document in documents for sequence in document], indices, "int32")
+    bin_path(prefix).write_bytes(data)
+    idx_path(prefix).write_bytes(index)
+    opened = IndexedTokens.open(prefix)
+    flat = [[token for sequence in document for token in sequence] for document in documents]
+    assert [opened.document(i).tolist() for i in range(len(opened))] == flat
+    assert opened.offsets.tolist() == [0, *accumulate(map(len, flat))]
+    assert opened.manifest is None and len(opened.identity) == 64
+
+
+@pytest.mark.filterwarnings("ignore")  # their warnings are not ours
+@pytest.mark.parametrize("dtype", sorted(CODES))
+def test_bytes_equal_megatron_core(tmp_path: Path, dtype: str):
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed")
+    import torch
+
+    rng = np.random.default_rng(7)
+    for case in range(20):
+        high = np.iinfo(dtype).max
+        lengths = rng.integers(0, 50, size=int(rng.integers(1, 30)))
+        documents = [rng.integers(0, high, size=n, endpoint=True, dtype=dtype) for n in [*lengths, 3]]
+        theirs = tmp_path / f"theirs-{case}"
+        builder = indexed.IndexedDatasetBuilder(str(bin_path(theirs)), dtype=getattr(np, dtype))
+        for document in documents:
+            builder.add_document(torch.from_numpy(document.astype(np.int64)), [len(document)])
+        builder.finalize(str(idx_path(theirs)))
+        ours = tmp_path / f"ours-{case}"
+        write(ours, [document.tolist() for document in documents], dtype)
+        assert bin_path(ours).read_bytes() == bin_path(theirs).read_bytes()
+        assert idx_path(ours).read_bytes() == idx_path(theirs).read_bytes()
+        read = indexed.IndexedDataset(str(ours))
+        assert all((read[i] == document).all() for i, document in enumerate(documents))
+
+
+def test_the_content_of_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The passes over index and tokens go chunk by chunk: chunk borders must not show."""
+    monkeypatch.setattr("trainkit.data.megatron._CHUNK", 7)
+    rng = np.random.default_rng(1)
+    documents = [rng.integers(0, 100, size=n).tolist() for n in rng.integers(0, 5, size=50)]
+    data = write(tmp_path / "x", documents)
+    assert idx_path(data.prefix).read_bytes() == layout(documents, list(range(51)), "uint16")[1]
+    manifest_path(data.prefix).unlink()
+    assert IndexedTokens.open(data.prefix).token_range == (0, max(max(d, default=0) for d in documents))
+    for field in range(34, idx_path(data.prefix).stat().st_size, 3):
+        damaged = bytearray(idx_path(data.prefix).read_bytes())
+        damaged[field] ^= 0x10
+        idx_path(tmp_path / "y").write_bytes(damaged)
+        bin_path(tmp_path / "y").write_bytes(bin_path(data.prefix).read_bytes())
+        with pytest.raises(UserError):
+            IndexedTokens.open(tmp_path / "y")
+
+
+def damage(prefix: Path, rng: random.Random) -> str:
+    """Change one of the three files at random; returns what was done."""
+    path = Path(f"{prefix}{rng.choice(SUFFIXES)}")
+    content = bytearray(path.read_bytes())
+    kind = rng.choice(("flip", "cut", "grow", "zero", "swap"))
+    if kind == "flip":
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        del content[rng.randrange(len(content)) :]
+    elif kind == "grow":
+        content += rng.randbytes(rng.randrange(1, 9))
+    elif kind == "zero":
+        at = rng.randrange(len(content))
+        content[at : at + 8] = bytes(len(content[at : at + 8]))
+    else:
+        at = rng.randrange(len(content) - 1)
+        content[at], content[at + 1] = content[at + 1], content[at]
+    path.write_bytes(content)
+    return f"{kind} {path.suffix}"
+
+
+def test_random_corruptions_are_refused(tmp_path: Path):
+    rng = random.Random(5)
+    documents = [[rng.randrange(1, 1000) for _ in range(rng.randrange(1, 40))] for _ in range(20)]
+    good = write(tmp_path / "good", documents, tokenizer="abc").prefix
+    original = {suffix: Path(f"{good}{suffix}").read_bytes() for suffix in SUFFIXES}
+    refused = 0
+    while refused < 200:
+        prefix = tmp_path / "bad"
+        for suffix, content in original.items():
+            Path(f"{prefix}{suffix}").write_bytes(content)
+        what = damage(prefix, rng)
+        if all(Path(f"{prefix}{suffix}").read_bytes() == content for suffix, content in original.items()):
+            continue
+        if what.endswith(".json"):
+            try:
+                same = json.loads(manifest_path(prefix).read_bytes()) == json.loads(original[".json"])
+            except ValueError:
+                same = False
+            if same:  # white space between the values is no damage
+                continue
+        with pytest.raises(UserError) as error:
+            verify(prefix)
+            pytest.fail(f"{what} was accepted")
+        assert "bad." in str(error.value) and "\n" not in str(error.value)
+        refused += 1
+
+
+def replace(data: bytes, at: int, code: str, value: int) -> bytes:
+    return data[:at] + struct.pack(code, value) + data[at + struct.calcsize(code) :]
+
+
+BIN, IDX = layout([[1, 2, 3], [4, 5]], [0, 1, 2], "uint16")
+
+
+@pytest.mark.parametrize(
+    ("data", "index", "words"),
+    [
+        (BIN, b"NOTMEGA\x00\x00" + IDX[9:], ["x.idx", "magic"]),
+        (BIN, replace(IDX, 9, "<Q", 2), ["x.idx", "version 2"]),
+        (BIN, replace(IDX, 17, "<B", 9), ["x.idx", "dtype code 9"]),
+        (BIN, replace(IDX, 17, "<B", 7), ["x.idx", "dtype code 7"]),
+        (BIN, replace(IDX, 17, "<B", 4), ["x.idx", "byte pointer 6 for sequence 1"]),
+        (BIN, replace(IDX, 18, "<Q", 3), ["x.idx", "announces"]),
+        (BIN, replace(IDX, 18, "<Q", 2**63), ["x.idx", "announces"]),
+        (BIN, replace(IDX, 26, "<Q", 2), ["x.idx", "announces"]),
+        (BIN, IDX[:20], ["x.idx", "header"]),
+        (BIN, IDX[:-1], ["x.idx", "bytes"]),
+        (BIN, replace(IDX, 34, "<i", -3), ["x.idx", "negative length -3"]),
+        (BIN, replace(IDX, 34, "<i", 4), ["x.idx", "byte pointer 6 for sequence 1"]),
+        (BIN, replace(IDX, 38, "<i", 3), ["x.bin", "10 bytes", "12"]),
+        (BIN, replace(IDX, 42, "<q", 2), ["x.idx", "byte pointer 2 for sequence 0"]),
+        (BIN, replace(IDX, 58, "<q", 1), ["x.idx", "document indices"]),
+        (BIN, replace(IDX, 66, "<q", -(2**63)), ["x.idx", "document indices"]),
+        (BIN, replace(IDX, 66, "<q", 5), ["x.idx", "document indices"]),
+        (BIN[:-1], IDX, ["x.bin", "cut off"]),
+        (b"", IDX, ["x.bin", "empty"]),
+        (BIN, b"", ["x.idx", "empty"]),
+        (None, IDX, ["x.bin does not exist", "x.idx does"]),
+        (BIN, None, ["x.idx does not exist", "x.bin does"]),
+        (None, None, ["x.bin does not exist"]),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, data: bytes | None, index: bytes | None, words: list[str]):
+    for path, content in ((tmp_path / "x.bin", data), (tmp_path / "x.idx", index)):
+        if content is not None:
+            path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        IndexedTokens.open(tmp_path / "x")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_manifest_must_belong_to_the_files(tmp_path: Path):
+    write(tmp_path / "a", [[1, 2, 3]])
+    write(tmp_path / "b", [[1, 2, 3, 4]])
+    manifest_path(tmp_path / "a").replace(manifest_path(tmp_path / "b"))
+    with pytest.raises(UserError, match="tokens 3, the files hold 4"):
+        IndexedTokens.open(tmp_path / "b")
+    with pytest.raises(UserError, match="does not exist: nothing to verify"):
+        verify(tmp_path / "a")
+
+
+def test_identity_is_of_the_content_not_the_place(tmp_path: Path):
+    a = write(tmp_path / "a", [[1, 2, 3]], tokenizer="one")
+    b = write(tmp_path / "deep" / "b", [[1, 2, 3]], tokenizer="two")
+    c = write(tmp_path / "c", [[1, 2, 4]])
+    assert a.identity == b.identity != c.identity
+
+
+def test_vocabulary(tmp_path: Path):
+    data = write(tmp_path / "x", [[0, 5], [7]])
+    for opened in (data, IndexedTokens.open(data.prefix)):
+        opened.check_vocabulary(8)
+        with pytest.raises(UserError, match="token 7, the vocabulary has 7"):
+            opened.check_vocabulary(7)
+        manifest_path(data.prefix).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="token -1"):
+        write(tmp_path / "y", [[-1, 5]], "int16").check_vocabulary(100)
+    assert [smallest_dtype(size).name for size in (256, 65_499, 65_500)] == ["uint16", "uint16", "int32"]
+
+
+@pytest.mark.parametrize(("dtype", "token"), [("uint16", 65_536), ("uint16", -1), ("int8", 128), ("int32", 2**31)])
+def test_tokens_that_do_not_fit(tmp_path: Path, dtype: str, token: int):
+    with pytest.raises(UserError, match=f"token {token} does not fit {dtype}"):
+        write(tmp_path / "x", [[1], [token]], dtype)
+    assert entries(tmp_path) == []
+
+
+def test_floats_are_no_tokens(tmp_path: Path):
+    with pytest.raises(UserError, match="float32; choose one of"):
+        IndexedWriter(tmp_path / "x", "float32")
+
+
+def test_nothing_to_write(tmp_path: Path):
+    with pytest.raises(UserError, match="no tokens"), IndexedWriter(tmp_path / "x", "uint16"):
+        pass
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("stage", ["write", "body", "seal", "rename"])
+def test_failure_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], stage: str
+):
+    write(tmp_path / "x", [[1, 2]])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(name: str) -> None:
+        if name == stage:
+            raise error
+
+    monkeypatch.setattr(artifacts, "step_hook", fail)
+    with pytest.raises(error), IndexedWriter(tmp_path / "x", "uint16") as writer:
+        writer.add(np.array([3, 4]))
+        fail("body")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_failure_between_the_renames_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int):
+    write(tmp_path / "x", [[1, 2]])
+    calls = 0
+
+    def fail(path: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at + 1:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifacts, "fsync_directory", fail)
+    try:
+        write(tmp_path / "x", [[3, 4]])
+    except UserError as error:
+        assert "No space left" in str(error)
+        assert entries(tmp_path) == []
+    else:
+        assert at > 2
+
+
+def test_leftovers_of_a_killed_writer_are_removed_and_a_live_one_is_respected(tmp_path: Path):
+    code = (
+        "import sys, time; from trainkit.data.megatron import IndexedWriter\n"
+        "with IndexedWriter(sys.argv[1], 'uint16'): print('open', flush=True); time.sleep(600)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "x")], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None and child.stdout.readline() == b"open\n"
+        assert len(entries(tmp_path)) == 2
+        with pytest.raises(UserError, match="another process is writing"):
+            write(tmp_path / "x", [[1]])
+        write(tmp_path / "x.bin", [[1]])  # a neighbour whose name begins alike
+    finally:
+        os.kill(child.pid, signal.SIGKILL)
+        child.communicate()
+    write(tmp_path / "x", [[1]])
+    assert entries(tmp_path) == ["x.bin", "x.bin.bin", "x.bin.idx", "x.bin.json", "x.idx", "x.json"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_directory(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot write"):
+        write(tmp_path / "x", [[1]])
+
+
+def test_a_file_where_the_directory_should_be(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot create"):
+        write(tmp_path / "file" / "x", [[1]])

@@ -1,0 +1,494 @@
+"""Token files in Megatron-LM's layout, `PREFIX.bin` and `PREFIX.idx`, with a manifest `PREFIX.json` beside them.
+
+`.bin` holds the tokens of all documents, one after the other, and nothing else. `.idx`, little endian:
+
+    9 bytes   magic `MMIDIDX\\0\\0`
+    u64       version, 1
+    u8        dtype code: 1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 6 f64, 7 f32, 8 u16
+    u64       number of sequences n
+    u64       number of documents + 1
+    i32 [n]   tokens of each sequence
+    i64 [n]   byte at which each sequence starts in `.bin`
+    i64 [...] index of the first sequence of each document, and n
+
+We write one sequence per document, and the bytes are those that megatron-core writes. We read any number of sequences
+per document. Tokens are integers: the two codes of floats are refused.
+
+The manifest carries what the layout has no room for: SHA-256 of both files, the largest token, the UTF-8 bytes of the
+text (bits per byte needs them), which tokenizer and which source. Files without one (made by Megatron) open too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import secrets
+import struct
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from trainkit import artifacts
+from trainkit.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+MANIFEST_FORMAT = 1
+DTYPE_CODES: Mapping[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
+"""The integer types of the layout by their code."""
+
+_HEADER = struct.Struct("<9sQBQQ")
+_CHUNK = 1 << 18
+"""Numbers that one vectorised pass over an index or a token file takes at a time: bounds memory, stays in the cache."""
+
+IntArray = npt.NDArray[np.integer[Any]]
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type that Megatron-LM would take for ids below `vocab_size`: 16 bits below 65,500 ids, else `int32`."""
+    return np.dtype("<u2") if vocab_size < 65_500 else np.dtype("<i4")
+
+
+def bin_path(prefix: Path | str) -> Path:
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: Path | str) -> Path:
+    return Path(f"{prefix}.idx")
+
+
+def manifest_path(prefix: Path | str) -> Path:
+    return Path(f"{prefix}.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenManifest:
+    """`PREFIX.json`: what the two files hold and where that came from. It names no path, so that the files may move."""
+
+    format: int = MANIFEST_FORMAT
+    files: dict[str, dict[str, Any]]
+    """`{"bin": {"bytes": …, "sha256": …}, "idx": …}`."""
+    dtype: str
+    tokens: int
+    documents: int
+    min_token: int
+    max_token: int
+    text_bytes: int = 0
+    """UTF-8 bytes of the text that the tokens stand for; 0 = not known."""
+    tokenizer: str = ""
+    """Content hash of the tokenizer; empty = not known."""
+    source: dict[str, Any]
+    """What the tokens were made from, in the words of the program that made them."""
+
+    @property
+    def identity(self) -> str:
+        """Hash of the content of both files."""
+        return hashlib.sha256(f"{self.files['bin']['sha256']}{self.files['idx']['sha256']}".encode()).hexdigest()
+
+
+def read_manifest(prefix: Path | str) -> TokenManifest | None:
+    """The manifest of a prefix, None where there is none; `UserError` where it was damaged or changed by hand."""
+    path = manifest_path(prefix)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        checksum = content.pop("checksum")
+        manifest = TokenManifest(**content)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a manifest of token files; make the files again") from error
+    if manifest.format != MANIFEST_FORMAT:
+        raise UserError(
+            f"{path} has format {manifest.format}, this version reads {MANIFEST_FORMAT}; update the project"
+        )
+    if checksum != _checksum(manifest):
+        raise UserError(f"{path} does not match its own checksum: it was damaged or changed; make the files again")
+    return manifest
+
+
+def _checksum(manifest: TokenManifest) -> str:
+    return hashlib.sha256(json.dumps(asdict(manifest), sort_keys=True).encode()).hexdigest()
+
+
+def _write_manifest(prefix: Path, manifest: TokenManifest) -> None:
+    content = {**asdict(manifest), "checksum": _checksum(manifest)}
+    artifacts.publish_file(manifest_path(prefix), json.dumps(content, indent=1) + "\n")
+
+
+class IndexedWriter:
+    """Streams documents into a prefix; use it in a `with` block.
+
+    Documents are appended with `add`. When the block ends well the files appear under their names, the manifest last;
+    on any exception (Ctrl-C included) nothing of them is left and what stood there before is untouched. Memory does not
+    grow with the number of documents: the lengths wait in the unfinished index on the disk.
+    """
+
+    def __init__(
+        self,
+        prefix: Path | str,
+        dtype: npt.DTypeLike,
+        *,
+        tokenizer: str = "",
+        source: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        codes = {known: code for code, known in DTYPE_CODES.items()}
+        if self.dtype not in codes:
+            names = ", ".join(known.name for known in codes)
+            raise UserError(f"tokens of {self.prefix} cannot be stored as {self.dtype.name}; choose one of {names}")
+        self.tokens = 0
+        self.documents = 0
+        self.text_bytes = 0
+        self.min_token = self.max_token = 0
+        self._bin_hash = hashlib.sha256()
+        self._code = codes[self.dtype]
+        self._tokenizer = tokenizer
+        self._source = dict(source or {})
+
+    def __enter__(self) -> IndexedWriter:
+        artifacts.make_directory(self.prefix.parent)
+        _remove_leftovers(self.prefix)
+        mark = f"{artifacts.TEMPORARY_MARK}{secrets.token_hex(4)}"
+        self._temporary = {k: self.prefix.with_name(f".{self.prefix.name}.{k}{mark}") for k in ("bin", "idx")}
+        self._files: dict[str, BinaryIO] = {}
+        try:
+            with _explained(self.prefix):
+                for kind, path in self._temporary.items():
+                    self._files[kind] = _open_locked(path)
+                self._files["idx"].write(bytes(_HEADER.size))
+            artifacts.step_hook("write")
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def add(self, tokens: IntArray, lengths: IntArray | None = None, *, text_bytes: int = 0) -> None:
+        """Append documents: `tokens` [n] is one document, or several in a row that `lengths` (summing to n) cuts.
+
+        `text_bytes` counts the UTF-8 bytes of their text. A token that the dtype cannot hold is a `UserError`.
+        """
+        lengths = np.array([len(tokens)]) if lengths is None else lengths
+        assert tokens.ndim == 1 and int(lengths.sum()) == len(tokens) and (lengths >= 0).all()
+        if len(tokens):
+            bounds = np.iinfo(self.dtype.name)
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < bounds.min or high > bounds.max:
+                value = low if low < bounds.min else high
+                raise UserError(f"token {value} does not fit {self.dtype.name} in {self.prefix}; choose a larger dtype")
+            self.min_token, self.max_token = min(self.min_token, low), max(self.max_token, high)
+        if len(lengths) and int(lengths.max()) > np.iinfo(np.int32).max:
+            raise UserError(f"a document of {lengths.max()} tokens is too long for {self.prefix}.idx; split it")
+        data = tokens.astype(self.dtype).tobytes()
+        self._bin_hash.update(data)
+        with _explained(self.prefix):
+            self._files["bin"].write(data)
+            self._files["idx"].write(lengths.astype("<i4").tobytes())
+        self.tokens += len(tokens)
+        self.documents += len(lengths)
+        self.text_bytes += text_bytes
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                with _explained(self.prefix):
+                    self._publish()
+        finally:
+            self._discard()
+
+    def _discard(self) -> None:
+        for kind, file in self._files.items():
+            with suppress(OSError):  # a full disk: closing tries to flush once more
+                file.close()
+            self._temporary[kind].unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        if not self.tokens:
+            raise UserError(f"{self.prefix} would hold no tokens; give it at least one document that is not empty")
+        artifacts.step_hook("seal")
+        self._finish_index()
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        digests = {"bin": self._bin_hash.hexdigest(), "idx": artifacts.sha256_file(self._temporary["idx"])}
+        manifest = TokenManifest(
+            files={k: {"bytes": self._temporary[k].stat().st_size, "sha256": digests[k]} for k in ("bin", "idx")},
+            dtype=self.dtype.name,
+            tokens=self.tokens,
+            documents=self.documents,
+            min_token=self.min_token,
+            max_token=self.max_token,
+            text_bytes=self.text_bytes,
+            tokenizer=self._tokenizer,
+            source=self._source,
+        )
+        artifacts.step_hook("rename")
+        try:
+            # Three renames cannot be one. The old files go first, so that at no instant an index or a manifest stands
+            # beside tokens that it does not describe: whoever is killed in between leaves a missing half.
+            _remove(self.prefix)
+            self._temporary["bin"].replace(bin_path(self.prefix))
+            self._temporary["idx"].replace(idx_path(self.prefix))
+            artifacts.fsync_directory(self.prefix.parent)
+            _write_manifest(self.prefix, manifest)
+        except BaseException:
+            _remove(self.prefix)
+            raise
+        artifacts.step_hook("renamed")
+
+    def _finish_index(self) -> None:
+        """Behind the lengths, which are there already, the byte pointers and the document indices; then the header."""
+        count = self.documents
+        position = 0
+        index = self._files["idx"]
+        for start in range(0, count, _CHUNK):
+            size = min(_CHUNK, count - start)
+            index.seek(_HEADER.size + 4 * start)
+            lengths = np.frombuffer(index.read(4 * size), "<i4").astype(np.int64)
+            ends = position + np.cumsum(lengths * self.dtype.itemsize)
+            pointers = ends - lengths * self.dtype.itemsize
+            index.seek(_HEADER.size + 4 * count + 8 * start)
+            index.write(pointers.astype("<i8").tobytes())
+            position = int(ends[-1])
+        for start in range(0, count + 1, _CHUNK):
+            index.write(np.arange(start, min(start + _CHUNK, count + 1), dtype="<i8").tobytes())
+        index.seek(0)
+        index.write(_HEADER.pack(MAGIC, VERSION, self._code, count, count + 1))
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    file = path.open("x+b")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def _remove(prefix: Path) -> None:
+    for path in (manifest_path(prefix), idx_path(prefix), bin_path(prefix)):
+        path.unlink(missing_ok=True)
+    artifacts.fsync_directory(prefix.parent)
+
+
+@contextmanager
+def _explained(prefix: Path) -> Generator[None]:
+    """A full disk or a folder without permission is for the user to fix."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {prefix}: {error.strerror}; make room or choose another place") from error
+
+
+def _remove_leftovers(prefix: Path) -> None:
+    """Delete what a killed writer of this prefix left. A lock, which dies with its process, protects a living one's."""
+    for suffix in (".bin", ".idx", ".json"):
+        for leftover in prefix.parent.glob(f".{glob.escape(prefix.name)}{suffix}{artifacts.TEMPORARY_MARK}*"):
+            with leftover.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    message = f"another process is writing {prefix}; wait for it or choose another prefix"
+                    raise UserError(message) from None
+            leftover.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedTokens:
+    """A prefix, memory-mapped. `open` has checked the structure (not the hashes: `verify` does)."""
+
+    prefix: Path
+    tokens: IntArray
+    """All tokens in a row, [tokens], of the file's own dtype; a view of the file, nothing is copied."""
+    lengths: npt.NDArray[np.int32]
+    """Tokens of each sequence, [sequences], mapped."""
+    pointers: npt.NDArray[np.int64]
+    """Byte at which each sequence starts in `.bin`, [sequences], mapped."""
+    document_indices: npt.NDArray[np.int64]
+    """First sequence of each document, and the number of sequences, [documents + 1], mapped."""
+    manifest: TokenManifest | None
+
+    @classmethod
+    def open(cls, prefix: Path | str) -> IndexedTokens:
+        """Map a prefix; a `UserError` names the file and the field that is wrong."""
+        prefix = Path(prefix)
+        for path, other in ((bin_path(prefix), idx_path(prefix)), (idx_path(prefix), bin_path(prefix))):
+            if not path.is_file():
+                half = f", but {other.name} does" if other.is_file() else ""
+                raise UserError(
+                    f"{path} does not exist{half}; give the prefix without .bin or .idx, or make the files again"
+                )
+            if path.stat().st_size == 0:
+                raise UserError(f"{path} is empty; make the files again")
+        dtype, lengths, pointers, document_indices = _map_index(idx_path(prefix))
+        _check_documents(idx_path(prefix), document_indices, len(lengths))
+        end = _check_pointers(idx_path(prefix), lengths, pointers, dtype.itemsize)
+        size = bin_path(prefix).stat().st_size
+        if end != size:
+            raise UserError(
+                f"{bin_path(prefix)} has {size} bytes where the lengths in {idx_path(prefix).name} sum to {end}: "
+                "one of the files is cut off or belongs to another; make them again"
+            )
+        tokens = np.asarray(np.memmap(bin_path(prefix), dtype, mode="r"))
+        manifest = read_manifest(prefix)
+        self = cls(prefix, tokens, lengths, pointers, document_indices, manifest)
+        if manifest is not None:
+            self._check_manifest(manifest)
+        return self
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self.document_indices) - 1
+
+    @cached_property
+    def document_pointers(self) -> npt.NDArray[np.int64]:
+        """Byte at which each document starts in `.bin`, int64 [documents]; mapped where a document is one sequence."""
+        if all((np.diff(part) == 1).all() for part in _overlapping(self.document_indices)):
+            return self.pointers
+        end = np.array([len(self.tokens) * self.tokens.itemsize])
+        return np.concatenate([self.pointers, end])[self.document_indices[:-1]]
+
+    @cached_property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Token at which each document starts, and the number of tokens: int64 [documents + 1], made on first use."""
+        starts = self.document_pointers // self.tokens.itemsize
+        return np.append(starts, len(self.tokens))
+
+    def document(self, index: int) -> IntArray:
+        """The tokens of one document, a view of the file."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)} in {self.prefix}")
+        start = int(self.document_pointers[index]) // self.tokens.itemsize
+        sequences = slice(int(self.document_indices[index]), int(self.document_indices[index + 1]))
+        return self.tokens[start : start + int(self.lengths[sequences].sum(dtype=np.int64))]
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash that tells these data from others, wherever they lie.
+
+        It covers the content of both files where a manifest has recorded it; else the index and the size of `.bin`.
+        """
+        if self.manifest is not None:
+            return self.manifest.identity
+        return hashlib.sha256(
+            f"{self.tokens.nbytes} {artifacts.sha256_file(idx_path(self.prefix))}".encode()
+        ).hexdigest()
+
+    @cached_property
+    def token_range(self) -> tuple[int, int]:
+        """Smallest and largest of the tokens and 0: from the manifest, or, where there is none, by reading the file."""
+        if self.manifest is not None:
+            return self.manifest.min_token, self.manifest.max_token
+        chunks = [self.tokens[start : start + _CHUNK] for start in range(0, len(self.tokens), _CHUNK)]
+        return min(0, *(int(chunk.min()) for chunk in chunks)), max(0, *(int(chunk.max()) for chunk in chunks))
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse tokens outside of [0, vocab_size): the data were made with another tokenizer."""
+        low, high = self.token_range
+        if low < 0 or high >= vocab_size:
+            raise UserError(
+                f"{bin_path(self.prefix)} holds token {low if low < 0 else high}, the vocabulary has {vocab_size}: "
+                "it was made with another tokenizer; make it again with this one"
+            )
+
+    def _check_manifest(self, manifest: TokenManifest) -> None:
+        recorded = (manifest.dtype, manifest.tokens, manifest.documents, manifest.files["bin"]["bytes"])
+        found = (self.tokens.dtype.name, len(self.tokens), len(self), self.tokens.nbytes)
+        for name, expected, actual in zip(("dtype", "tokens", "documents", "bytes"), recorded, found, strict=True):
+            if expected != actual:
+                raise UserError(
+                    f"{manifest_path(self.prefix)} says {name} {expected}, the files hold {actual}: "
+                    "they do not belong together; make them again"
+                )
+
+
+def verify(prefix: Path | str) -> TokenManifest:
+    """Check both files against the SHA-256 in their manifest, and return it; a `UserError` names the damaged file."""
+    manifest = IndexedTokens.open(prefix).manifest
+    if manifest is None:
+        raise UserError(
+            f"{manifest_path(prefix)} does not exist: nothing to verify {prefix} against; make the files again"
+        )
+    for name, path in (("bin", bin_path(prefix)), ("idx", idx_path(prefix))):
+        if artifacts.sha256_file(path) != manifest.files[name]["sha256"]:
+            raise UserError(f"the content of {path} does not match its SHA-256: it is damaged; make the files again")
+    return manifest
+
+
+def _map_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The dtype and views of the three tables, after the checks of the header."""
+    data = np.asarray(np.memmap(path, np.uint8, mode="r"))
+    if len(data) < _HEADER.size:
+        raise UserError(f"{path} is cut off within its header; make the files again")
+    magic, version, code, sequences, boundaries = _HEADER.unpack(data[: _HEADER.size].tobytes())
+    if magic != MAGIC:
+        raise UserError(f"{path} has the wrong magic {magic!r}: it is not a Megatron-LM index; check the prefix")
+    if version != VERSION:
+        raise UserError(f"{path} has version {version}, only {VERSION} can be read; make the files again")
+    if code not in DTYPE_CODES:
+        raise UserError(f"{path} has dtype code {code}, which is no integer type; make the files again")
+    if boundaries < 1 or sequences < 1:
+        raise UserError(
+            f"{path} announces {sequences} sequences and {boundaries} document indices; make the files again"
+        )
+    expected = _HEADER.size + 12 * sequences + 8 * boundaries
+    if len(data) != expected:
+        raise UserError(f"{path} has {len(data)} bytes where its header announces {expected}; make the files again")
+    first, second = _HEADER.size + 4 * sequences, _HEADER.size + 12 * sequences
+    return (
+        DTYPE_CODES[code],
+        data[_HEADER.size : first].view("<i4"),
+        data[first:second].view("<i8"),
+        data[second:].view("<i8"),
+    )
+
+
+def _check_pointers(path: Path, lengths: npt.NDArray[np.int32], pointers: npt.NDArray[np.int64], itemsize: int) -> int:
+    """Sequences must follow each other without gap or overlap; returns the byte behind the last."""
+    expected = 0
+    for start in range(0, len(lengths), _CHUNK):
+        length = lengths[start : start + _CHUNK].astype(np.int64) * itemsize
+        if (length < 0).any():
+            raise UserError(f"{path} has the negative length {length.min() // itemsize}; make the files again")
+        ends = expected + np.cumsum(length)
+        wrong = np.flatnonzero(pointers[start : start + _CHUNK] != ends - length)
+        if len(wrong):
+            at = start + int(wrong[0])
+            raise UserError(
+                f"{path} has byte pointer {pointers[at]} for sequence {at}, its lengths give "
+                f"{(ends - length)[wrong[0]]}; make the files again"
+            )
+        expected = int(ends[-1])
+    return expected
+
+
+def _check_documents(path: Path, indices: npt.NDArray[np.int64], sequences: int) -> None:
+    if (
+        indices[0] != 0
+        or indices[-1] != sequences
+        or any((part[1:] < part[:-1]).any() for part in _overlapping(indices))
+    ):
+        raise UserError(
+            f"{path} has document indices that do not rise from 0 to its {sequences} sequences; make it again"
+        )
+
+
+def _overlapping(values: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
+    """Chunks that share one element with the next."""
+    return (values[start : start + _CHUNK + 1] for start in range(0, max(1, len(values) - 1), _CHUNK))
