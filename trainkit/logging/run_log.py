@@ -1,0 +1,122 @@
+"""The log of a run: the first rank's writes `metrics.jsonl` and feeds the views, the other ranks' swallows everything.
+
+with closing(open_run_log(directory, spec, total_steps=1000) if world.is_main else NullLog()) as log:
+    log.write({"kind": "train", "step": 10, "loss": 2.4})
+    log.message("saved")
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from trainkit.logging.console import console_sink
+from trainkit.logging.csv import CSV_FILE, CsvSink
+from trainkit.logging.jsonl import METRICS_FILE, MetricsFile
+from trainkit.logging.plotting import PLOTS_DIRECTORY, PlotSink
+from trainkit.logging.records import Record, Scalar, describe, stamp
+from trainkit.logging.samples import SAMPLES_FILE, SamplesSink
+from trainkit.logging.sinks import BackgroundSink, SinkOpener
+from trainkit.specs import LoggingSpec
+
+TEXT_FILE = "log.txt"
+CLOSE_SECONDS = 30.0
+"""The most that views may hold up the end of a run, all of them together."""
+
+
+class NullLog:
+    """The log of every rank but the first."""
+
+    offset = 0
+
+    def write(self, record: Mapping[str, Scalar]) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class FileLog:
+    """Writes each record to `metrics.jsonl` and `log.txt` at once, then hands it to the sinks."""
+
+    def __init__(self, directory: Path, sinks: Mapping[str, SinkOpener], *, continue_at: int | None = None) -> None:
+        self._metrics = MetricsFile(directory / METRICS_FILE)
+        self._text_path = directory / TEXT_FILE
+        self._step = 0
+        abandoned = None if continue_at is None else self._metrics.continue_at(continue_at)
+        # Only now: file views begin by reading the metrics file.
+        self._sinks = [BackgroundSink(name, opener) for name, opener in sinks.items()]
+        if abandoned is not None:
+            self.message(f"what was logged after the checkpoint moved to {abandoned.name}")
+
+    def write(self, record: Mapping[str, Scalar]) -> None:
+        """Record it, with the present time. Raises `UserError` only when `metrics.jsonl` itself cannot be written."""
+        self._record(stamp(record))
+        for sink in self._sinks:
+            for problem in sink.problems():
+                self.message(problem)
+
+    def message(self, text: str) -> None:
+        """Tell people something; it carries the step of the last record."""
+        self.write({"kind": "message", "step": self._step, "text": text})
+
+    @property
+    def offset(self) -> int:
+        """Bytes of `metrics.jsonl`, flushed to the disk: what a checkpoint records."""
+        return self._metrics.sync()
+
+    def close(self, timeout: float = CLOSE_SECONDS) -> None:
+        """Let the views finish, for `timeout` seconds at most."""
+        deadline = time.monotonic() + timeout
+        sinks, self._sinks = self._sinks, []
+        for sink in sinks:
+            sink.ask_to_close()
+        for sink in sinks:
+            sink.wait_closed(deadline)
+        for problem in [problem for sink in sinks for problem in sink.problems()]:
+            self.message(problem)
+        self._metrics.close()
+
+    def _record(self, record: Record) -> None:
+        self._step = int(record["step"] or 0)
+        self._metrics.write(record)
+        if record["kind"] != "sample":
+            with suppress(OSError), self._text_path.open("a", encoding="utf-8", errors="replace") as file:
+                when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(record["time"] or 0)))
+                file.write(f"{when}  {describe(record)}\n")
+        for sink in self._sinks:
+            sink.write(record)
+
+
+def open_run_log(
+    directory: Path | str,
+    spec: LoggingSpec,
+    *,
+    total_steps: int,
+    continue_at: int | None = None,
+    sinks: Mapping[str, SinkOpener] | None = None,
+) -> FileLog:
+    """The log of a run directory that exists.
+
+    To resume, pass the offset that the checkpoint recorded as `continue_at` (0 where there was no checkpoint yet).
+    `sinks` adds views to those of the spec.
+    """
+    directory = Path(directory)
+    return FileLog(directory, _sinks_of(directory, spec, total_steps) | dict(sinks or {}), continue_at=continue_at)
+
+
+def _sinks_of(directory: Path, spec: LoggingSpec, total_steps: int) -> dict[str, SinkOpener]:
+    metrics = directory / METRICS_FILE
+    sinks: dict[str, SinkOpener] = {"samples": lambda: SamplesSink(metrics, directory / SAMPLES_FILE)}
+    if spec.console != "off":
+        sinks["console"] = console_sink(spec.console, total_steps)
+    if spec.csv:
+        sinks["csv"] = lambda: CsvSink(metrics, directory / CSV_FILE)
+    if spec.plots:
+        sinks["plots"] = lambda: PlotSink(metrics, directory / PLOTS_DIRECTORY)
+    return sinks
