@@ -174,7 +174,7 @@ def _read_special_names(path: Path) -> dict[str, int | None]:
         case dict() if all(type(value) is int for value in data.values()):
             return data
         case dict():
-            names = [value["content"] if isinstance(value, dict) else value for value in data.values()]
+            names = [value.get("content") if isinstance(value, dict) else value for value in data.values()]
             if all(isinstance(name, str) for name in names):
                 return dict.fromkeys(names)
         case _:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 
 def split_special(text: str, names: frozenset[str]) -> Iterator[tuple[int, int, str]]:
-    """Yield `(start, end, name)`: ordinary text in `text[start:end]`, and the special token after it ("" at the end)."""
+    """Yield `(start, end, name)`: ordinary text in `text[start:end]`, and the special token after it ("" = the end)."""
     start = 0
     for match in _pattern(names).finditer(text) if names else ():
         yield start, match.start(), match.group()

@@ -23,7 +23,7 @@ from transformerlm.tokenizer.pretokenizer import as_text, pretokenize, to_bytes
 from transformerlm.tokenizer.special_tokens import split_special
 from transformerlm.tokenizer.specs import END_OF_TEXT, MASK, PAD
 from transformerlm.tokenizer.unicode_classes import UNICODE_VERSION
-from transformerlm.tokenizer.vocabulary import BYTES, Vocabulary
+from transformerlm.tokenizer.vocabulary import BYTES, Vocabulary, check_vocabulary
 
 AllowedSpecial: TypeAlias = Literal["all", "none"] | Collection[str]
 """Which special tokens are recognised in text; others are encoded as the plain characters they are written with."""
@@ -102,7 +102,9 @@ class Tokenizer:
 
     def with_special_tokens(self, names: Iterable[str]) -> Tokenizer:
         """This tokenizer with the missing ones of `names` appended; no id changes."""
-        return Tokenizer(self.vocabulary.with_special_tokens(names))
+        vocabulary = self.vocabulary.with_special_tokens(names)
+        check_vocabulary(vocabulary, "special tokens")
+        return Tokenizer(vocabulary)
 
     def byte_lengths(self) -> NDArray[np.int64]:
         """`int64 [vocab_size]`: how many bytes of text an id stands for; 0 for special tokens and unused ids.
@@ -174,12 +176,12 @@ class Tokenizer:
 
     def _names(self, allowed: AllowedSpecial) -> frozenset[str]:
         if isinstance(allowed, str):
-            assert allowed in ("all", "none"), f"allowed_special is {allowed!r}, not 'all', 'none' or a set"
+            if allowed not in ("all", "none"):
+                raise UserError(f"allowed_special is {allowed!r}; it must be 'all', 'none' or a set of special tokens")
             return self._special_names if allowed == "all" else frozenset()
         if unknown := sorted(set(allowed) - self._special_names):
-            raise UserError(
-                f"{unknown[0]!r} is not a special token; known are {', '.join(self.vocabulary.special_tokens) or 'none'}"
-            )
+            known = ", ".join(self.vocabulary.special_tokens) or "none"
+            raise UserError(f"{unknown[0]!r} is not a special token; known are {known}")
         return frozenset(allowed)
 
     def _special_id(self, name: str) -> int:
