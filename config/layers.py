@@ -67,9 +67,18 @@ def leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 def with_origin(values: dict[str, Any], origin: str, text: str | None = None) -> Tree:
     """A layer from plain nested dictionaries."""
     return {
-        key: with_origin(cast("dict[str, Any]", value), origin) if isinstance(value, dict) else Leaf(value, origin, text)
+        key: with_origin(cast("dict[str, Any]", value), origin)
+        if isinstance(value, dict)
+        else Leaf(value, origin, text)
         for key, value in values.items()
     }
+
+
+def nested(tables: Iterable[str], layer: Tree) -> Tree:
+    """A layer moved below the given tables."""
+    for table in reversed(list(tables)):
+        layer = {table: layer}
+    return layer
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -131,14 +140,13 @@ def override_layer(assignments: Iterable[str]) -> Tree:
 def _override(assignment: str) -> Tree:
     key, equals, text = assignment.partition("=")
     if not equals or not _KEY.fullmatch(key):
-        raise UserError(f"`{assignment}` is not a setting: write table.key=value, as in training.max_steps=100.", EXIT_USAGE)
+        raise UserError(
+            f"`{assignment}` is not a setting: write table.key=value, as in training.max_steps=100.", EXIT_USAGE
+        )
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"The value of `{key}` on the command line is not UTF-8 text.", EXIT_USAGE)
     *tables, name = key.split(".")
-    layer = with_origin({name: _value(text)}, COMMAND_LINE, text)
-    for table in reversed(tables):
-        layer = {table: layer}
-    return layer
+    return nested(tables, with_origin({name: _value(text)}, COMMAND_LINE, text))
 
 
 def _value(text: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from config import problems
-from config.layers import DEFAULT, Leaf, Tree, file_layers, leaves, merge, override_layer, plain
+from config.layers import DEFAULT, Leaf, Tree, file_layers, leaves, merge, nested, override_layer, plain
 from config.tables import defaults, fields, kinds, tag_of
 from trainkit.errors import EXIT_USAGE, UserError
 
@@ -140,19 +140,14 @@ def _texts_as_typed(schema: type[BaseModel], tree: Tree, error: ValidationError)
     """`run.name=7` on the command line reads as the number 7: where text is wanted, it is the text `7`."""
     given = plain(tree)
     wanted = {
-        problems.locate(problem["loc"], schema, given)[0] for problem in error.errors() if problem["type"] == "string_type"
+        problems.locate(problem["loc"], schema, given)[0]
+        for problem in error.errors()
+        if problem["type"] == "string_type"
     }
     for path, leaf in leaves(tree):
         if leaf.text is not None and path in wanted:
-            tree = merge(tree, _nested(path, Leaf(leaf.text, leaf.origin)))
+            tree = merge(tree, nested(path[:-1], {path[-1]: Leaf(leaf.text, leaf.origin)}))
     return tree
-
-
-def _nested(path: tuple[str, ...], leaf: Leaf) -> Tree:
-    layer: Tree = {path[-1]: leaf}
-    for key in reversed(path[:-1]):
-        layer = {key: layer}
-    return layer
 
 
 def resolved(config: BaseModel) -> dict[str, Any]:

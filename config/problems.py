@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from config.layers import DEFAULT, Leaf, Tree, leaves, plain
+from config.schemas import COMMANDS
 from config.spellings import SPELLINGS
 from config.tables import chosen_kind, fields, kinds, members, tag_of, walk
 
@@ -53,7 +54,9 @@ def explained(error: ValidationError, schema: type[BaseModel], tree: Tree) -> Va
                 before = by_path[inner][3]
                 message = before if message in before else f"{before}, or {message}"
             by_path[inner] = (kind, inner, value, message)
-    described = [(kind, path, value, message + _source(_leaf_at(tree, path))) for kind, path, value, message in by_path.values()]
+    described = [
+        (kind, path, value, message + _source(_leaf_at(tree, path))) for kind, path, value, message in by_path.values()
+    ]
     return _rebuilt(schema, described)
 
 
@@ -67,7 +70,7 @@ def _rebuilt(schema: type[BaseModel], problems: Iterable[tuple[str, Path, Any, s
 
 
 def locate(location: Path, schema: type, given: Any) -> tuple[Path, type | None, Any]:
-    """The path as the user wrote it, the table that it ends in, and the annotation of what it names (None if unknown)."""
+    """The path as the user wrote it, the table that it ends in, and the annotation of what it names, if it is known."""
     path: list[str | int] = []
     table: type | None = schema
     annotation: Any = schema
@@ -109,8 +112,14 @@ def _explain(
         yield kind, (*path, tag), value, _choice(allowed, value.get(tag) if isinstance(value, dict) else None)
     elif kind == "literal_error":
         yield kind, path, value, _choice(_literal_values(annotation), value)
-    elif kind == "bool_type" and isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "on", "off"):
+    elif (
+        kind == "bool_type" and isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "on", "off")
+    ):
         yield kind, path, value, f"must be true or false (in small letters), not {value!r}"
+    elif kind == "string_too_short":
+        yield kind, path, value, "must not be empty"
+    elif kind == "string_pattern_mismatch":
+        yield kind, path, value, f"must be usable as the name of a folder: no slash, no dot in front; not {value!r}"
     elif kind == "value_error":
         yield kind, path, value, str(context.get("error", problem["msg"]))
     elif kind in ("dataclass_type", "model_type", "model_attributes_type", "dict_type"):
@@ -151,13 +160,17 @@ def _unknown(
     given = plain(tree)
     names = {".".join(setting): setting for setting, _ in walk(schema, given)}
     top = list(fields(schema))
+    if owners := _commands_with(path, value):
+        yield kind, path, value, f"no table of this command; {owners} has it"
+        return
     if len(path) == 1 and isinstance(value, dict) and not difflib.get_close_matches(str(path[0]), top, n=1):
         for inner, leaf in leaves(_subtree(tree, path)):
             full = (*path, *inner)
             yield kind, full, leaf.value, f"no such setting{_suggestion(full, names, schema)}"
         return
     if len(path) == 1:
-        yield kind, path, value, f"no such table{_suggestion(path, names, schema)}"
+        what = "table" if isinstance(value, dict) else "setting"
+        yield kind, path, value, f"no such {what}{_suggestion(path, names, schema)}"
         return
     if others := _other_kinds(path, table, schema):
         yield kind, path, value, f"no setting of this kind of table; it belongs to {others}"
@@ -166,7 +179,7 @@ def _unknown(
 
 
 def _suggestion(path: Path, names: Mapping[str, tuple[str, ...]], schema: type[BaseModel]) -> str:
-    """The nearest valid name: another document's spelling, the same word elsewhere, a similar word here, then anywhere."""
+    """The nearest valid name: another project's spelling, the same word elsewhere, a similar word here, or anywhere."""
     written, word = dotted(path), str(path[-1])
     siblings = {name: setting[-1] for name, setting in names.items() if setting[:-1] == path[:-1]}
     same_word = [name for name, setting in names.items() if setting[-1] == word]
@@ -187,6 +200,12 @@ def _suggestion(path: Path, names: Mapping[str, tuple[str, ...]], schema: type[B
     if siblings:
         return f"; the settings of [{dotted(path[:-1])}] are {', '.join(siblings.values())}"
     return f"; the tables are {', '.join(tables)}"
+
+
+def _commands_with(path: Path, value: Any) -> str:
+    """The commands whose configuration has this table: the file may be meant for one of them."""
+    found = [command for command, schema in COMMANDS.items() if path[0] in fields(schema)]
+    return " and ".join(found) if len(path) == 1 and isinstance(value, dict) else ""
 
 
 def _similar(word: str, names: Mapping[str, str], cutoff: float = 0.6) -> list[str]:

@@ -182,6 +182,8 @@ def type_name(annotation: Any) -> str:
 
 def _limit(limit: Any) -> Iterator[str]:
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    yield from (f"{word} {getattr(limit, name)}" for name, word in words.items() if getattr(limit, name, None) is not None)
+    yield from (
+        f"{word} {getattr(limit, name)}" for name, word in words.items() if getattr(limit, name, None) is not None
+    )
     if getattr(limit, "min_length", None):
         yield "not empty"

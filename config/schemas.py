@@ -5,6 +5,7 @@ A table is a spec of one of the packages, nested as it is; what only makes sense
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Self
 
@@ -20,6 +21,7 @@ from transformerlm.objectives.specs import AutoregressiveSpec
 from transformerlm.tokenizer.specs import TokenizerTrainingSpec
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]
+TokenType = Literal["auto", "uint16", "int32"]
 NotEmpty = Annotated[str, StringConstraints(min_length=1)]
 
 
@@ -40,7 +42,8 @@ class RunSpec:
     """Name of the run and of its folder; unless set, the name of the configuration file without `.toml`."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
     """Every random number of the run follows from this one."""
-    dir: NotEmpty = "runs"
+    dir: TokenType = Literal["auto", "uint16", "int32"]
+NotEmpty = "runs"
     """Folder of all runs; this one writes into `dir/name`."""
 
 
@@ -107,10 +110,13 @@ class Experiment(Schema):
             )
         if self.inference.total_length > length:
             raise ValueError(
-                f"inference.total_length ({self.inference.total_length}) must be at most model.context_length ({length})"
+                f"inference.total_length ({self.inference.total_length}) must be at most "
+                f"model.context_length ({length})"
             )
         if self.evaluation.stride > length:
-            raise ValueError(f"evaluation.stride ({self.evaluation.stride}) must be at most model.context_length ({length})")
+            raise ValueError(
+                f"evaluation.stride ({self.evaluation.stride}) must be at most model.context_length ({length})"
+            )
         if self.objective.kind != self.training.objective:
             raise ValueError(
                 f"objective.kind ({self.objective.kind!r}) must be training.objective ({self.training.objective!r}): "
@@ -160,7 +166,8 @@ class FilesCorpusSpec:
     """Files to train on."""
     val_paths: tuple[NotEmpty, ...] = ()
     """Files to validate on."""
-    text_field: NotEmpty = "text"
+    text_field: TokenType = Literal["auto", "uint16", "int32"]
+NotEmpty = "text"
     """Field of a row that holds its text."""
     validation_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of the training documents held out for validation, for when there are no `val_paths`."""
@@ -177,11 +184,13 @@ class HubCorpusSpec:
     kind: Literal["hub"] = "hub"
     dataset_name: NotEmpty
     """Name of the data set, as in `roneneldan/TinyStories`."""
-    train_split: NotEmpty = "train"
+    train_split: TokenType = Literal["auto", "uint16", "int32"]
+NotEmpty = "train"
     """Split to train on."""
     val_split: str = "validation"
     """Split to validate on; empty = none."""
-    text_field: NotEmpty = "text"
+    text_field: TokenType = Literal["auto", "uint16", "int32"]
+NotEmpty = "text"
     """Column that holds the text."""
     cache_dir: str = ""
     """Where downloads are kept; empty = `HF_DATASETS_CACHE`, then `HF_HOME`, then the library's own place."""
@@ -202,7 +211,8 @@ Corpus = Annotated[CorpusSpec, Discriminator("kind")]
 class TokenizerOutputSpec:
     """Where the tokenizer goes."""
 
-    dir: NotEmpty = "data/tokenizer"
+    dir: TokenType = Literal["auto", "uint16", "int32"]
+NotEmpty = "data/tokenizer"
     """Folder to write: it appears whole or not at all."""
 
 
@@ -221,11 +231,12 @@ class TrainTokenizerConfig(Schema):
 class TokensOutputSpec:
     """Where the token files go."""
 
-    train_prefix: NotEmpty = "data/train"
+    train_prefix: TokenType = Literal["auto", "uint16", "int32"]
+NotEmpty = "data/train"
     """Path of the training files without `.bin`/`.idx`."""
     val_prefix: str = "data/val"
     """Path of the validation files without `.bin`/`.idx`; empty = write none."""
-    dtype: Literal["auto", "uint16", "int32"] = "auto"
+    dtype: TokenType = "auto"
     """Type of a stored token; `auto` takes the smallest that holds the vocabulary."""
 
 
@@ -255,9 +266,10 @@ class PipelineTokenizerSpec(TokenizerTrainingSpec):
 class ArtifactsSpec:
     """What the pipeline makes before it trains, and reuses while it matches the configuration and its inputs."""
 
-    dir: NotEmpty = "artifacts"
+    dir: TokenType = Literal["auto", "uint16", "int32"]
+NotEmpty = "artifacts"
     """Folder of the tokenizer and the token files."""
-    dtype: Literal["auto", "uint16", "int32"] = "auto"
+    dtype: TokenType = "auto"
     """Type of a stored token; `auto` takes the smallest that holds the vocabulary."""
 
 
@@ -334,7 +346,8 @@ class FilesEvaluationDataSpec:
     kind: Literal["files"] = "files"
     paths: tuple[NotEmpty, ...]
     """`.jsonl` (a document per row) or `.txt` (documents between `<|endoftext|>` lines)."""
-    text_field: NotEmpty = "text"
+    text_field: TokenType = Literal["auto", "uint16", "int32"]
+NotEmpty = "text"
     """Field of a row that holds its text."""
 
 
@@ -361,3 +374,14 @@ class EvalConfig(Schema):
     """Which model to score, and how."""
     data: Annotated[EvaluationDataSpec, Discriminator("kind")] = RunEvaluationDataSpec()
     """What to score it on."""
+
+
+COMMANDS: Mapping[str, type[Schema]] = {
+    "transformerlm-train": TrainConfig,
+    "transformerlm-pipeline": PipelineConfig,
+    "transformerlm-train-tokenizer": TrainTokenizerConfig,
+    "transformerlm-make-data": MakeDataConfig,
+    "transformerlm-infer": InferConfig,
+    "transformerlm-eval": EvalConfig,
+}
+"""Which schema each command reads."""

@@ -43,7 +43,9 @@ def defaults(table: type) -> dict[str, Any]:
 
 def kinds(annotation: Any) -> tuple[type, ...]:
     """The specs that an annotation stands for: several for a union, none for a plain setting."""
-    return tuple(member for member in members(annotation) if dataclasses.is_dataclass(member))
+    return tuple(
+        member for member in members(annotation) if isinstance(member, type) and dataclasses.is_dataclass(member)
+    )
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
@@ -96,7 +98,11 @@ def documentation(table: type) -> Mapping[str, str]:
 
     texts: dict[str, str] = {}
     for owner in reversed(table.__mro__):
-        if owner is object or owner is BaseModel or not (dataclasses.is_dataclass(owner) or issubclass(owner, BaseModel)):
+        if (
+            owner is object
+            or owner is BaseModel
+            or not (dataclasses.is_dataclass(owner) or issubclass(owner, BaseModel))
+        ):
             continue
         definition = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
         assert isinstance(definition, ast.ClassDef)
