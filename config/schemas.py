@@ -42,8 +42,7 @@ class RunSpec:
     """Name of the run and of its folder; unless set, the name of the configuration file without `.toml`."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
     """Every random number of the run follows from this one."""
-    dir: TokenType = Literal["auto", "uint16", "int32"]
-NotEmpty = "runs"
+    dir: NotEmpty = "runs"
     """Folder of all runs; this one writes into `dir/name`."""
 
 
@@ -166,8 +165,7 @@ class FilesCorpusSpec:
     """Files to train on."""
     val_paths: tuple[NotEmpty, ...] = ()
     """Files to validate on."""
-    text_field: TokenType = Literal["auto", "uint16", "int32"]
-NotEmpty = "text"
+    text_field: NotEmpty = "text"
     """Field of a row that holds its text."""
     validation_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of the training documents held out for validation, for when there are no `val_paths`."""
@@ -184,13 +182,11 @@ class HubCorpusSpec:
     kind: Literal["hub"] = "hub"
     dataset_name: NotEmpty
     """Name of the data set, as in `roneneldan/TinyStories`."""
-    train_split: TokenType = Literal["auto", "uint16", "int32"]
-NotEmpty = "train"
+    train_split: NotEmpty = "train"
     """Split to train on."""
     val_split: str = "validation"
     """Split to validate on; empty = none."""
-    text_field: TokenType = Literal["auto", "uint16", "int32"]
-NotEmpty = "text"
+    text_field: NotEmpty = "text"
     """Column that holds the text."""
     cache_dir: str = ""
     """Where downloads are kept; empty = `HF_DATASETS_CACHE`, then `HF_HOME`, then the library's own place."""
@@ -211,8 +207,7 @@ Corpus = Annotated[CorpusSpec, Discriminator("kind")]
 class TokenizerOutputSpec:
     """Where the tokenizer goes."""
 
-    dir: TokenType = Literal["auto", "uint16", "int32"]
-NotEmpty = "data/tokenizer"
+    dir: NotEmpty = "data/tokenizer"
     """Folder to write: it appears whole or not at all."""
 
 
@@ -231,8 +226,7 @@ class TrainTokenizerConfig(Schema):
 class TokensOutputSpec:
     """Where the token files go."""
 
-    train_prefix: TokenType = Literal["auto", "uint16", "int32"]
-NotEmpty = "data/train"
+    train_prefix: NotEmpty = "data/train"
     """Path of the training files without `.bin`/`.idx`."""
     val_prefix: str = "data/val"
     """Path of the validation files without `.bin`/`.idx`; empty = write none."""
@@ -266,8 +260,7 @@ class PipelineTokenizerSpec(TokenizerTrainingSpec):
 class ArtifactsSpec:
     """What the pipeline makes before it trains, and reuses while it matches the configuration and its inputs."""
 
-    dir: TokenType = Literal["auto", "uint16", "int32"]
-NotEmpty = "artifacts"
+    dir: NotEmpty = "artifacts"
     """Folder of the tokenizer and the token files."""
     dtype: TokenType = "auto"
     """Type of a stored token; `auto` takes the smallest that holds the vocabulary."""
@@ -346,8 +339,7 @@ class FilesEvaluationDataSpec:
     kind: Literal["files"] = "files"
     paths: tuple[NotEmpty, ...]
     """`.jsonl` (a document per row) or `.txt` (documents between `<|endoftext|>` lines)."""
-    text_field: TokenType = Literal["auto", "uint16", "int32"]
-NotEmpty = "text"
+    text_field: NotEmpty = "text"
     """Field of a row that holds its text."""
 
 
