@@ -1,0 +1,211 @@
+"""The dense Transformer: pre-norm RMSNorm, rotary positions, SwiGLU, one residual stream.
+
+    hidden = embedding(tokens)
+    hidden = hidden + attention(norm(hidden))         for each block
+    hidden = hidden + feed_forward(norm(hidden))
+    logits = head(norm(hidden))
+
+The output head runs inside `forward`, through `readout`: a loss can compute logits piece by piece, or of chosen
+positions only, while wrappers (DDP, FSDP, `torch.compile`) see one call from tokens to loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from profiling import nvtx
+from transformerlm.models.attention import attention, attention_mask
+from transformerlm.models.cache import KeyValueCache
+from transformerlm.models.rope import Rope, rotate
+from transformerlm.models.specs import TransformerSpec, padded_vocabulary
+
+Head = Callable[[Tensor], Tensor]
+"""Maps hidden states [..., d_model] to logits [..., vocab_size], at least 32-bit."""
+
+R = TypeVar("R")
+
+
+class Transformer(nn.Module):
+    """See `create_model` for one with initialised weights."""
+
+    def __init__(self, spec: TransformerSpec, *, vocab_size: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.vocab_size = vocab_size
+        padded = padded_vocabulary(vocab_size)
+        self.embedding = nn.Embedding(padded, spec.d_model)
+        self.rope = Rope(spec)
+        self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.num_layers))
+        self.norm = RMSNorm(spec.d_model, spec.norm_eps)
+        self.output = None if spec.tie_embeddings else nn.Linear(spec.d_model, padded, bias=False)
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        segments: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        causal: bool = True,
+        readout: None = None,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        segments: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        causal: bool = True,
+        readout: Callable[[Tensor, Head], R],
+    ) -> R: ...
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        segments: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        causal: bool = True,
+        readout: Callable[[Tensor, Head], Any] | None = None,
+    ) -> Any:
+        """Logits [batch, length, vocab_size], at least float32; or what `readout(hidden, head)` returns.
+
+        `tokens` int64 [batch, length], ids below `vocab_size`. `segments` int64 [batch, length]: attention stays inside
+        equal numbers. `positions` int64 [length] or [batch, length]: default 0, 1, … (after those in `cache`). With a
+        `cache` the tokens continue what it holds, and it grows by them. `causal=False` lets every token see all.
+        `readout` gets hidden [batch, length, d_model], the final norm applied.
+        """
+        length, start = tokens.shape[1], 0 if cache is None else cache.length
+        key_segments = segments if cache is None or segments is None else cache.append_segments(segments)
+        mask, is_causal = attention_mask(
+            length=length,
+            start=start,
+            causal=causal,
+            query_segments=segments,
+            key_segments=key_segments,
+            device=tokens.device,
+        )
+        cos, sin = self.rope(start, length, positions)
+        context = Context(cos, sin, mask, is_causal, cache)
+        hidden = self.embedding(tokens)
+        for block in self.blocks:
+            hidden = block(hidden, context)
+        if cache is not None:
+            cache.length += length
+        hidden = self.norm(hidden)
+        with nvtx.range("head", "fine"):
+            return self.head(hidden) if readout is None else readout(hidden, self.head)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states; the table's padding is multiplied (its width is fast) and cut off."""
+        table = self.embedding.weight if self.output is None else self.output.weight
+        logits = F.linear(hidden, table)[..., : self.vocab_size]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def init_std(self, name: str) -> float:
+        """Standard deviation that the matrix called `name` starts with.
+
+        The last projection of each layer is scaled down, so that the residual stream does not grow with depth
+        (GPT-2), or starts at zero.
+        """
+        if name.endswith(("attention.output.weight", "feed_forward.down.weight")):
+            return 0.0 if self.spec.zero_init_output else 0.02 / math.sqrt(2 * self.spec.num_layers)
+        return 0.02
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Continue int64 [batch, length] (or [length]) by `max_new_tokens`, prompt included in the result.
+
+        Options are the fields of `SamplingSpec` (`temperature`, `top_k`, `top_p`, …) and `seed`. The tokens are taken
+        as they are: begin them with the tokenizer's end-of-text id, as every document in training began.
+        """
+        from transformerlm.inference.generation import extend
+
+        return extend(self, tokens, max_new_tokens, **options)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all layers of one forward pass share."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    is_causal: bool
+    cache: KeyValueCache | None
+
+
+class Block(nn.Module):
+    def __init__(self, spec: TransformerSpec, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(spec.d_model, spec.norm_eps)
+        self.attention = Attention(spec, layer)
+        self.feed_forward_norm = RMSNorm(spec.d_model, spec.norm_eps)
+        self.feed_forward = FeedForward(spec)
+
+    def forward(self, hidden: Tensor, context: Context) -> Tensor:
+        with nvtx.range("attention", "fine"):
+            hidden = hidden + self.attention(self.attention_norm(hidden), context)
+        with nvtx.range("feed_forward", "fine"):
+            return hidden + self.feed_forward(self.feed_forward_norm(hidden))
+
+
+class Attention(nn.Module):
+    """Multi-head attention, keys and values shared by groups of heads where the spec says so."""
+
+    def __init__(self, spec: TransformerSpec, layer: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layer = layer
+        self.qkv = nn.Linear(spec.d_model, (spec.num_heads + 2 * spec.kv_heads) * spec.head_dim, bias=False)
+        self.query_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.key_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.output = nn.Linear(spec.d_model, spec.d_model, bias=False)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        heads, kv_heads = self.spec.num_heads, self.spec.kv_heads
+        qkv = self.qkv(x).unflatten(-1, (-1, self.spec.head_dim))
+        qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)
+        if self.query_norm is not None and self.key_norm is not None:
+            qk = torch.cat([self.query_norm(qk[:, :, :heads]), self.key_norm(qk[:, :, heads:])], dim=2)
+        q, k = rotate(qk, context.cos, context.sin).split([heads, kv_heads], dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)
+        mixed = attention(q, k, v, mask=context.mask, is_causal=context.is_causal, backend=self.spec.attention_backend)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(spec.d_model, 2 * spec.ff_width, bias=False)
+        self.down = nn.Linear(spec.ff_width, spec.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (arXiv:1910.07467), in at least 32 bits whatever the type of its input."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
