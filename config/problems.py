@@ -157,25 +157,28 @@ def _example(annotation: Any, path: Path) -> str:
 def _unknown(
     kind: str, path: Path, value: Any, table: type | None, schema: type[BaseModel], tree: Tree
 ) -> Iterator[tuple[str, Path, Any, str]]:
-    given = plain(tree)
-    names = {".".join(setting): setting for setting, _ in walk(schema, given)}
-    top = list(fields(schema))
-    if owners := _commands_with(path, value):
-        yield kind, path, value, f"no table of this command; {owners} has it"
-        return
-    if len(path) == 1 and isinstance(value, dict) and not difflib.get_close_matches(str(path[0]), top, n=1):
-        for inner, leaf in leaves(_subtree(tree, path)):
-            full = (*path, *inner)
-            yield kind, full, leaf.value, f"no such setting{_suggestion(full, names, schema)}"
-        return
-    if len(path) == 1:
-        what = "table" if isinstance(value, dict) else "setting"
-        yield kind, path, value, f"no such {what}{_suggestion(path, names, schema)}"
-        return
-    if others := _other_kinds(path, table, schema):
+    names = {".".join(setting): setting for setting, _ in walk(schema, plain(tree))}
+    if len(path) == 1 and isinstance(value, dict):
+        yield from _unknown_table(kind, path, value, names, schema, tree)
+    elif others := _other_kinds(path, table, schema):
         yield kind, path, value, f"no setting of this kind of table; it belongs to {others}"
+    else:
+        yield kind, path, value, f"no such setting{_suggestion(path, names, schema)}"
+
+
+def _unknown_table(
+    kind: str, path: Path, value: Any, names: Mapping[str, tuple[str, ...]], schema: type[BaseModel], tree: Tree
+) -> Iterator[tuple[str, Path, Any, str]]:
+    if near := difflib.get_close_matches(str(path[0]), list(fields(schema)), n=1):
+        yield kind, path, value, f"no such table; did you mean `{near[0]}`?"
         return
-    yield kind, path, value, f"no such setting{_suggestion(path, names, schema)}"
+    inside = [((*path, *inner), leaf) for inner, leaf in leaves(_subtree(tree, path))]
+    owners = [command for command, other in COMMANDS.items() if path[0] in fields(other)]
+    if owners and not any(dotted(full) in SPELLINGS for full, _ in inside):
+        yield kind, path, value, f"no table of this command; it belongs to {', '.join(owners)}"
+        return
+    for full, leaf in inside:
+        yield kind, full, leaf.value, f"no such setting{_suggestion(full, names, schema)}"
 
 
 def _suggestion(path: Path, names: Mapping[str, tuple[str, ...]], schema: type[BaseModel]) -> str:
@@ -184,10 +187,9 @@ def _suggestion(path: Path, names: Mapping[str, tuple[str, ...]], schema: type[B
     siblings = {name: setting[-1] for name, setting in names.items() if setting[:-1] == path[:-1]}
     same_word = [name for name, setting in names.items() if setting[-1] == word]
     for guess in (
-        *(name for name in SPELLINGS.get(written, ()) if name in names),
+        *(name for theirs in (written, word) for name in SPELLINGS.get(theirs, ()) if name in names),
         *(same_word if len(same_word) == 1 else ()),
         *_similar(word, siblings),
-        *(name for name in SPELLINGS.get(word, ()) if name in names),
         *(same_word[:1]),
     ):
         return f"; did you mean `{guess}`?"
@@ -200,12 +202,6 @@ def _suggestion(path: Path, names: Mapping[str, tuple[str, ...]], schema: type[B
     if siblings:
         return f"; the settings of [{dotted(path[:-1])}] are {', '.join(siblings.values())}"
     return f"; the tables are {', '.join(tables)}"
-
-
-def _commands_with(path: Path, value: Any) -> str:
-    """The commands whose configuration has this table: the file may be meant for one of them."""
-    found = [command for command, schema in COMMANDS.items() if path[0] in fields(schema)]
-    return " and ".join(found) if len(path) == 1 and isinstance(value, dict) else ""
 
 
 def _similar(word: str, names: Mapping[str, str], cutoff: float = 0.6) -> list[str]:
