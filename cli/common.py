@@ -170,7 +170,7 @@ class _Parser(argparse.ArgumentParser):
         """`--max_steps` becomes `--max-steps`, and a bare `a.b=c` gets an `--override` before it."""
         words: list[str] = []
         takes_next = False
-        for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        for word, following in zip(argv, [*argv, ""][1:], strict=True):
             if takes_next:
                 words.append(word)
                 takes_next = False
