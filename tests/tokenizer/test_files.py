@@ -178,6 +178,10 @@ class TestForeignFiles:
             tokenizer = Tokenizer.load(parts(vocab, special=special))
             assert tokenizer.special_tokens == {"<|endoftext|>": 258, "[PAD]": 259}
 
+    def test_an_empty_list_of_special_tokens(self, parts: Callable[..., Path]) -> None:
+        for empty in ([], {}):
+            assert Tokenizer.load(parts(special=empty)).special_tokens == {}
+
     def test_special_tokens_without_a_list(self, parts: Callable[..., Path]) -> None:
         tokenizer = Tokenizer.load(parts(vocab_of("th", "the", "<|endoftext|>", "[EOS]", "<pad>")))
         assert tokenizer.special_tokens == {"<|endoftext|>": 258, "[EOS]": 259, "<pad>": 260}
@@ -251,6 +255,8 @@ class TestBadFiles:
             (vocab_of(), "", 5, "not a list of special tokens"),
             (vocab_of(), "", {"a": None}, "not a list of special tokens"),
             (vocab_of(), "", {"a": {"b": 1}}, "not a list of special tokens"),
+            (vocab_of(), "", {"a": ["<s>"]}, "not a list of special tokens"),
+            (vocab_of(), "", [["<s>"]], "not a list of special tokens"),
         ],
     )
     def test_gpt2_files(self, parts: Callable[..., Path], vocab: Any, merges: str, special: Any, message: str) -> None:

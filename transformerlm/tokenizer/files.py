@@ -167,18 +167,18 @@ def _read_merges(path: Path) -> list[tuple[str, ...]]:
 def _read_special_names(path: Path) -> dict[str, int | None]:
     """Each special token of the file, with its id where the file gives one."""
     data = _read_json(path)
-    match data:
-        case list() if all(isinstance(name, str) for name in data):
-            check_special_tokens(data, str(path))
-            return dict.fromkeys(data)
-        case dict() if all(type(value) is int for value in data.values()):
-            return data
-        case dict():
-            names = [value.get("content") if isinstance(value, dict) else value for value in data.values()]
-            if all(isinstance(name, str) for name in names):
-                return dict.fromkeys(names)
-        case _:
-            pass
+    names: list[Any] | None = data if isinstance(data, list) else None
+    if isinstance(data, dict):
+        if all(type(value) is int for value in data.values()):
+            return {str(name): value for name, value in data.items()}
+        names = []
+        for value in data.values():  # each role has a name, or a description that holds it
+            name = value.get("content") if isinstance(value, dict) else value
+            if name not in names:
+                names.append(name)
+    if names is not None and all(isinstance(name, str) for name in names):
+        check_special_tokens(names, str(path))
+        return dict.fromkeys(names)
     raise UserError(f"{path} is not a list of special tokens; write for example " + '["<|endoftext|>"]')
 
 
