@@ -28,13 +28,20 @@ def open_documents(corpus: CorpusSpec, split: Split) -> Iterator[str]:
 
 
 def fingerprint(corpus: CorpusSpec, split: Split) -> str:
-    """A hash of what `open_documents` would give: the settings, and for local files their content."""
+    """A hash of what `open_documents` would give: the settings, and the grammar or the content of local files."""
     facts: dict[str, Any] = {"split": split, **dataclasses.asdict(corpus)}
-    if isinstance(corpus, FilesCorpusSpec):
-        from trainkit.artifacts import sha256_file
-        from trainkit.data.documents import list_files
+    match corpus:
+        case GrammarCorpusSpec():
+            from transformerlm.corpus import stories
 
-        facts["sha256"] = [sha256_file(path) for path in list_files(_paths(corpus, split))]
+            facts["grammar"] = stories.fingerprint()
+        case FilesCorpusSpec():
+            from trainkit.artifacts import sha256_file
+            from trainkit.data.documents import list_files
+
+            facts["sha256"] = [sha256_file(path) for path in list_files(_paths(corpus, split))]
+        case HubCorpusSpec():
+            pass  # what the hub holds under a name is not known without asking it
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

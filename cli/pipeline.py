@@ -1,0 +1,174 @@
+"""`transformerlm-pipeline`: text → tokenizer → token files → training → evaluation → stories, in one command.
+
+Each stage leaves an artifact behind and is skipped while that artifact matches the configuration and its inputs. A run that
+was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cli.common import Command, run_command
+from config.loading import Loaded, resolved
+from config.rendering import to_toml
+from config.schemas import PipelineConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from transformerlm.tokenizer.tokenizer import Tokenizer
+
+TOKENIZER_RECIPE = 1
+"""Raise it when the same text and settings would give another tokenizer, so that old ones are trained again."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(COMMAND, argv)
+
+
+def run(loaded: Loaded[PipelineConfig], arguments: argparse.Namespace) -> int:
+    config = loaded.config
+    root = Path(config.artifacts.dir)
+    tokenizer_path, tokenizer = make_tokenizer(config, root, force=arguments.force, verify=arguments.verify)
+    prefixes = make_token_files(config, tokenizer, root, force=arguments.force, verify=arguments.verify)
+    train_config = config.train_config(
+        tokenizer_path=str(tokenizer_path), train_prefix=prefixes["train"], val_prefix=prefixes.get("val", "")
+    )
+    exit_code = train_model(train_config, root, force=arguments.force, verify=arguments.verify)
+    return exit_code or report(config, train_config)
+
+
+def make_tokenizer(config: PipelineConfig, root: Path, *, force: bool, verify: bool) -> tuple[Path, Tokenizer]:
+    """The tokenizer of the configuration: an existing one by its path, or one trained on the training split."""
+    from cli.corpora import fingerprint, open_documents, require_documents
+    from cli.train_tokenizer import train_on_documents
+    from transformerlm.tokenizer.specs import TokenizerTrainingSpec
+    from transformerlm.tokenizer.tokenizer import Tokenizer
+
+    if config.tokenizer.path:
+        _say("tokenizer", f"{config.tokenizer.path}, as it is")
+        return Path(config.tokenizer.path), Tokenizer.load(config.tokenizer.path)
+    path = root / "tokenizer"
+    settings = {name: getattr(config.tokenizer, name) for name in TokenizerTrainingSpec.__dataclass_fields__}
+    spec = TokenizerTrainingSpec(**settings)
+    made_of: dict[str, Any] = {
+        "recipe": TOKENIZER_RECIPE,
+        "settings": {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
+        "fingerprint": fingerprint(config.corpus, "train"),
+    }
+    if not force and _is_made_of(path, made_of, verify=verify):
+        _say("tokenizer", f"{path}, up to date")
+        return path, Tokenizer.load(path)
+    start = time.monotonic()
+    documents = require_documents(open_documents(config.corpus, "train"), "the training split")
+    tokenizer, about = train_on_documents(documents, spec)
+    tokenizer.save(path, replace=True, about={**about, "made_of": made_of})
+    _say("tokenizer", f"{path}: {tokenizer.vocab_size:,} ids in {time.monotonic() - start:.1f} s")
+    return path, tokenizer
+
+
+def _is_made_of(path: Path, made_of: dict[str, Any], *, verify: bool) -> bool:
+    """Whether a whole directory is there that was made of the same things; a damaged one is an error under `verify`."""
+    from trainkit.artifacts import read_manifest, verify_directory
+    from trainkit.errors import UserError
+
+    try:
+        manifest = read_manifest(path)
+    except UserError:
+        return False
+    if verify:
+        verify_directory(path)
+    return manifest.get("made_of") == made_of
+
+
+def make_token_files(
+    config: PipelineConfig, tokenizer: Tokenizer, root: Path, *, force: bool, verify: bool
+) -> dict[Literal["train", "val"], str]:
+    """Token files of each split that the corpus has; returns their prefixes."""
+    from cli.make_data import ProgressLine
+    from cli.token_files import build_token_files, has_split
+
+    prefixes: dict[Literal["train", "val"], str] = {}
+    for split in ("train", "val"):
+        if not has_split(config.corpus, split):
+            continue
+        prefix, start = root / "tokens" / split, time.monotonic()
+        line = ProgressLine(str(prefix))
+        try:
+            made = build_token_files(
+                config.corpus,
+                split,
+                tokenizer,
+                prefix,
+                dtype=config.artifacts.dtype,
+                force=force,
+                check=verify,
+                progress=line,
+            )
+        finally:
+            line.close()
+        how = "up to date" if made.reused else f"in {time.monotonic() - start:.1f} s"
+        _say("data", f"{prefix}: {made.manifest.documents:,} documents, {made.manifest.tokens:,} tokens, {how}")
+        prefixes[split] = str(prefix)
+    return prefixes
+
+
+def train_model(config: TrainConfig, root: Path, *, force: bool, verify: bool) -> int:
+    """Train, go on training, or find that it is done; returns the exit code."""
+    from cli.training import EXIT_CODES, is_finished, run_directory, set_aside, train_from_config
+    from trainkit.artifacts import publish_file, verify_directory
+
+    directory = run_directory(config)
+    toml = to_toml(Loaded(config, {}, None))
+    publish_file(root / "train.toml", toml)
+    if force:
+        set_aside(directory)
+    if is_finished(directory, config):
+        _say("training", f"{directory} is finished")
+        if verify:
+            verify_directory(directory / "checkpoints" / "latest")
+        return 0
+    _say("training", f"{directory}; {root / 'train.toml'} is its configuration")
+    result = train_from_config(config, config_toml=toml, resume=True)
+    return EXIT_CODES[result.status]
+
+
+def report(config: PipelineConfig, train_config: TrainConfig) -> int:
+    """Evaluate the best checkpoint, show stories, and say where everything is."""
+    raise NotImplementedError
+
+
+def _say(stage: str, text: str) -> None:
+    """Stages speak on the standard error, so that the standard output stays JSON lines where it is no terminal."""
+    print(f"[{stage}] {text}", file=sys.stderr, flush=True)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="make everything again; an earlier run is set aside")
+    parser.add_argument("--verify", action="store_true", help="check what is reused against its SHA-256")
+
+
+COMMAND = Command(
+    name="transformerlm-pipeline",
+    summary="From text to a trained model and its stories in one command: tokenizer, token files, training, evaluation, "
+    "samples. A stage whose result matches the configuration and its inputs is skipped; an interrupted run goes on.",
+    schema=PipelineConfig,
+    default_config="quickstart",
+    run=run,
+    examples=(
+        "--config config/resources/quickstart.toml",
+        "--config-name tinystories corpus.kind=files 'corpus.train_paths=[\"train.jsonl\"]' "
+        "'corpus.val_paths=[\"val.jsonl\"]'",
+        "--config my.toml training.max_steps=2000 --force",
+    ),
+    useful=("run.name", "corpus.kind", "tokenizer.vocab_size", "model.num_layers", "training.max_steps"),
+    flags={"--max-steps": "training.max_steps", "--device": "training.device", "--name": "run.name"},
+    add_arguments=_add_arguments,
+)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
