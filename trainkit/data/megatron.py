@@ -105,30 +105,39 @@ class TokenManifest:
 
 def read_manifest(prefix: Path | str) -> TokenManifest | None:
     """The manifest of a prefix, None where there is none; `UserError` where it was damaged or changed by hand."""
+    content = _manifest_content(prefix)
+    if content is None:
+        return None
+    path = manifest_path(prefix)
+    if content.get("format") != MANIFEST_FORMAT:
+        found = content.get("format")
+        raise UserError(f"{path} has format {found}, this version reads {MANIFEST_FORMAT}; make the files again")
+    if content.pop("checksum") != _checksum(content):
+        raise UserError(f"{path} does not match its own checksum: it was damaged or changed; make the files again")
+    return TokenManifest(**content)
+
+
+def _manifest_content(prefix: Path | str) -> dict[str, Any] | None:
+    """The JSON of a manifest, None where there is none. A file of another kind (raw data, say) is a `UserError`."""
     path = manifest_path(prefix)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        checksum = content.pop("checksum")
-        manifest = TokenManifest(**content)
+        if "checksum" in content and "files" in content:
+            return dict(content)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a manifest of token files; make the files again") from error
-    if manifest.format != MANIFEST_FORMAT:
-        raise UserError(
-            f"{path} has format {manifest.format}, this version reads {MANIFEST_FORMAT}; update the project"
-        )
-    if checksum != _checksum(manifest):
-        raise UserError(f"{path} does not match its own checksum: it was damaged or changed; make the files again")
-    return manifest
+    except (ValueError, TypeError, OSError):
+        pass
+    raise UserError(f"{path} is not a manifest of token files; choose another prefix, or remove it")
 
 
-def _checksum(manifest: TokenManifest) -> str:
-    return hashlib.sha256(json.dumps(asdict(manifest), sort_keys=True).encode()).hexdigest()
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write_manifest(prefix: Path, manifest: TokenManifest) -> None:
-    content = {**asdict(manifest), "checksum": _checksum(manifest)}
+    content = asdict(manifest)
+    content["checksum"] = _checksum(content)
     artifacts.publish_file(manifest_path(prefix), json.dumps(content, indent=1) + "\n")
 
 
@@ -161,10 +170,12 @@ class IndexedWriter:
         self._bin_hash = hashlib.sha256()
         self._code = codes[self.dtype]
         self._tokenizer = tokenizer
-        self._source = dict(source or {})
+        self.source = dict(source or {})
+        """May be completed until the block ends."""
 
     def __enter__(self) -> IndexedWriter:
         artifacts.make_directory(self.prefix.parent)
+        _manifest_content(self.prefix)  # never replace a file that is not ours
         _remove_leftovers(self.prefix)
         mark = f"{artifacts.TEMPORARY_MARK}{secrets.token_hex(4)}"
         self._temporary = {k: self.prefix.with_name(f".{self.prefix.name}.{k}{mark}") for k in ("bin", "idx")}
@@ -239,7 +250,7 @@ class IndexedWriter:
             max_token=self.max_token,
             text_bytes=self.text_bytes,
             tokenizer=self._tokenizer,
-            source=self._source,
+            source=self.source,
         )
         artifacts.step_hook("rename")
         try:

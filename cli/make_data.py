@@ -1,0 +1,129 @@
+"""`transformerlm-make-data`: token files from text and a tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from cli.common import Command, run_command
+from cli.corpora import Split
+from config.loading import Loaded
+from config.schemas import MakeDataConfig
+from trainkit.errors import EXIT_USAGE, UserError
+
+QUIET_SECONDS = 2.0
+"""Work that is shorter than this shows no progress."""
+LINE_SECONDS = 30.0
+"""Time between two lines of progress where there is no terminal."""
+
+
+class ProgressLine:
+    """Counts on stderr once work takes a while: one line that changes on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._start = time.monotonic()
+        self._next = self._start + QUIET_SECONDS
+        self._terminal = sys.stderr.isatty()
+        self._shown = False
+
+    def __call__(self, documents: int, tokens: int) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + (0.2 if self._terminal else LINE_SECONDS)
+        rate = tokens / (now - self._start)
+        text = f"{self._label}: {documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s"
+        print(
+            f"\r\x1b[K{text}" if self._terminal else text,
+            end="" if self._terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._shown = True
+
+    def close(self) -> None:
+        if self._shown and self._terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _run(loaded: Loaded[MakeDataConfig], arguments: argparse.Namespace) -> None:
+    config = loaded.config
+    prefixes: dict[Split, str] = {
+        "train": config.output.train_prefix,
+        "val": config.output.val_prefix,
+    }
+    if prefixes["train"] == prefixes["val"]:
+        raise UserError(f"output.train_prefix and output.val_prefix are both {prefixes['val']}; name two", EXIT_USAGE)
+    if arguments.workers < 0:
+        raise UserError("--workers must be at least 0", EXIT_USAGE)
+    from cli.token_files import build_token_files, has_split
+    from trainkit.data.megatron import verify
+
+    wanted: dict[Split, str] = {
+        split: prefix for split, prefix in prefixes.items() if prefix and has_split(config.corpus, split)
+    }
+    if arguments.verify:
+        for prefix in wanted.values():
+            manifest = verify(prefix)
+            print(f"{prefix}: {manifest.tokens:,} tokens, intact")
+        return
+    from transformerlm.tokenizer.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    for split, prefix in wanted.items():
+        line = ProgressLine(prefix)
+        start = time.monotonic()
+        try:
+            made = build_token_files(
+                config.corpus,
+                split,
+                tokenizer,
+                prefix,
+                dtype=config.output.dtype,
+                force=arguments.force,
+                workers=arguments.workers,
+                progress=line,
+            )
+        finally:
+            line.close()
+        what = "up to date" if made.reused else f"made in {time.monotonic() - start:.1f} s"
+        facts = made.manifest
+        print(f"{prefix}: {facts.tokens:,} tokens in {facts.documents:,} documents, {facts.dtype}, {what}", flush=True)
+        if empty := facts.source.get("empty_documents_left_out"):
+            print(f"{prefix}: left out {empty:,} empty documents", flush=True)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="make the files again even if they match")
+    parser.add_argument("--verify", action="store_true", help="only check the files against their SHA-256")
+    parser.add_argument("--workers", type=int, default=0, help="processes that encode; 0 = as many as are worth it")
+
+
+COMMAND = Command(
+    name="transformerlm-make-data",
+    summary="Encode text with a tokenizer into token files in Megatron-LM's layout. Files that match the text, the "
+    "tokenizer and the settings are left as they are.",
+    schema=MakeDataConfig,
+    default_config="make_data",
+    run=_run,
+    examples=(
+        "",
+        "tokenizer.path=data/tokenizer corpus.num_train_stories=1000",
+        "corpus.kind=files 'corpus.train_paths=[\"train.jsonl\"]' 'corpus.val_paths=[\"val.txt\"]'",
+        "--verify",
+    ),
+    useful=("tokenizer.path", "output.train_prefix", "output.val_prefix", "output.dtype"),
+    flags={"--tokenizer": "tokenizer.path"},
+    add_arguments=_add_arguments,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(COMMAND, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,275 @@
+"""Text to token files: the same for any number of workers, made again exactly when something changed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cli import make_data, token_files
+from cli.token_files import build_token_files, has_split
+from config.schemas import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec
+from trainkit.data.megatron import IndexedTokens, IndexedWriter
+from trainkit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, UserError
+from transformerlm.corpus.stories import sample, split_seed
+from transformerlm.tokenizer.specs import TokenizerTrainingSpec
+from transformerlm.tokenizer.tokenizer import Tokenizer
+from transformerlm.tokenizer.trainer import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SUFFIXES = (".bin", ".idx", ".json")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([sample(0, index) for index in range(30)], TokenizerTrainingSpec(vocab_size=300))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "t"
+    tokenizer.save(path)
+    return path
+
+
+def rows(path: Path, *texts: str) -> FilesCorpusSpec:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return FilesCorpusSpec(train_paths=(str(path),))
+
+
+def contents(prefix: Path) -> list[bytes]:
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in SUFFIXES]
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_documents_come_back_and_cannot_end_themselves(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = ["Once upon a time", "", "one<|endoftext|>still one<|pad|>", " café 😀\n\x00", "", "end"]
+    prefix = tmp_path / "out" / "train"
+    made = build_token_files(rows(tmp_path / "x.jsonl", *texts), "train", tokenizer, prefix)
+    data = IndexedTokens.open(prefix)
+    kept = [text for text in texts if text]
+    assert [tokenizer.decode(data.document(i)[:-1]) for i in range(len(data))] == kept
+    assert (data.tokens == tokenizer.eot_id).nonzero()[0].tolist() == (data.offsets[1:] - 1).tolist()
+    assert not made.reused and made.manifest == data.manifest
+    assert made.manifest.text_bytes == sum(len(text.encode()) for text in kept)
+    assert made.manifest.tokenizer == tokenizer.content_hash
+    assert made.manifest.source["empty_documents_left_out"] == 2
+    assert made.manifest.dtype == "uint16"
+    assert tokenizer.byte_lengths()[data.tokens].sum() == made.manifest.text_bytes
+
+
+@pytest.mark.parametrize("kind", ["grammar", "files"])
+def test_files_do_not_depend_on_workers_and_chunks(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    corpus: CorpusSpec = GrammarCorpusSpec(num_train_stories=50)
+    if kind == "files":
+        corpus = rows(tmp_path / "x.jsonl", *(sample(1, index) for index in range(50)), "", "last")
+    build_token_files(corpus, "train", tokenizer, tmp_path / "a", workers=1)
+    monkeypatch.setattr(token_files, "CHUNK_CHARACTERS", 3000)
+    monkeypatch.setattr(token_files, "CHUNK_STORIES", 7)
+    build_token_files(corpus, "train", tokenizer, tmp_path / "b", workers=1)
+    build_token_files(corpus, "train", tokenizer, tmp_path / "c", workers=2)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+def test_grammar_documents_are_the_stories_of_the_split(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    corpus = GrammarCorpusSpec(num_train_stories=3, num_val_stories=2, seed=5)
+    for split, count in (("train", 3), ("val", 2)):
+        build_token_files(corpus, split, tokenizer, tmp_path / split)
+        data = IndexedTokens.open(tmp_path / split)
+        texts = [tokenizer.decode(data.document(i)[:-1]) for i in range(len(data))]
+        assert texts == [sample(split_seed(5, split), index) for index in range(count)]
+
+
+def test_few_chunks_are_under_way(tokenizer: Tokenizer) -> None:
+    """Memory is bounded by the workers: the text is not read ahead of them."""
+    read = itertools.count()
+    chunks = ([f"text {next(read)}"] for _ in range(1000))
+    results = token_files._encode_all(chunks, tokenizer, np.dtype("u2"), 2)
+    next(results)
+    assert next(read) <= 5
+    results.close()
+
+
+def test_reused_only_while_everything_matches(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    text, prefix = tmp_path / "x.jsonl", tmp_path / "train"
+
+    def build(corpus: CorpusSpec, tokenizer: Tokenizer = tokenizer, **options: object) -> bool:
+        return build_token_files(corpus, "train", tokenizer, prefix, **options).reused  # type: ignore[arg-type]
+
+    corpus = rows(text, "one", "two")
+    assert not build(corpus)
+    before = contents(prefix)
+    assert build(corpus) and build(corpus, check=True)
+    assert not build(corpus, force=True)
+    assert contents(prefix) == before
+    os.utime(text)
+    assert build(corpus)
+    rows(text, "one", "owt")
+    assert not build(corpus) and build(corpus)
+    assert not build(corpus, dtype="int32") and build(corpus, dtype="int32")
+    other = tokenizer.with_special_tokens(["<|more|>"])
+    assert not build(corpus, other, dtype="int32") and build(corpus, other, dtype="int32")
+    assert entries(tmp_path) == ["train.bin", "train.idx", "train.json", "x.jsonl"]
+
+
+def test_damaged_files_are_made_again_or_reported(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    corpus, prefix = rows(tmp_path / "x.jsonl", "one", "two"), tmp_path / "train"
+    build_token_files(corpus, "train", tokenizer, prefix)
+    before = contents(prefix)
+    path = Path(f"{prefix}.bin")
+    flipped = bytearray(before[0])
+    flipped[3] ^= 1
+    path.write_bytes(flipped)
+    assert build_token_files(corpus, "train", tokenizer, prefix).reused  # a look at the structure cannot see it
+    with pytest.raises(UserError, match=r"train\.bin does not match its SHA-256"):
+        build_token_files(corpus, "train", tokenizer, prefix, check=True)
+    path.write_bytes(before[0][:-2])
+    assert not build_token_files(corpus, "train", tokenizer, prefix).reused
+    path.unlink()
+    assert not build_token_files(corpus, "train", tokenizer, prefix).reused
+    assert contents(prefix) == before
+
+
+def test_files_of_others_are_not_replaced(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    corpus = rows(tmp_path / "x.jsonl", "one")
+    (tmp_path / "raw.json").write_text('{"text": "precious"}')
+    for force in (False, True):
+        with pytest.raises(UserError, match=r"raw.json is not a manifest.*choose another prefix"):
+            build_token_files(corpus, "train", tokenizer, tmp_path / "raw", force=force)
+    with IndexedWriter(tmp_path / "foreign", "uint16") as writer:
+        writer.add(np.array([1, 2]))
+    (tmp_path / "foreign.json").unlink()
+    with pytest.raises(UserError, match=r"exist without foreign.json.*--force"):
+        build_token_files(corpus, "train", tokenizer, tmp_path / "foreign")
+    assert entries(tmp_path) == ["foreign.bin", "foreign.idx", "raw.json", "x.jsonl"]
+    assert not build_token_files(corpus, "train", tokenizer, tmp_path / "foreign", force=True).reused
+
+
+def test_bad_input_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "x.jsonl"
+    corpus = rows(path, "")
+    for content, words in (("", "no document"), ('{"text": ""}\n', "no tokens"), ('{"text": "one"}\n{', "line 2")):
+        path.write_text(content)
+        with pytest.raises(UserError, match=words):
+            build_token_files(corpus, "train", tokenizer, tmp_path / "a")
+    assert entries(tmp_path) == ["x.jsonl"]
+
+
+def test_a_dtype_that_is_too_small_is_refused_before_the_work() -> None:
+    assert token_files._dtype("uint16", 65_536) == np.uint16
+    with pytest.raises(UserError, match="uint16 cannot hold the 65537 ids"):
+        token_files._dtype("uint16", 65_537)
+
+
+def test_which_splits_there_are() -> None:
+    paths = ("x.txt",)
+    assert has_split(GrammarCorpusSpec(), "val") and not has_split(GrammarCorpusSpec(num_val_stories=0), "val")
+    assert has_split(FilesCorpusSpec(train_paths=paths), "train")
+    assert not has_split(FilesCorpusSpec(train_paths=paths), "val")
+    assert has_split(FilesCorpusSpec(train_paths=paths, val_paths=paths), "val")
+    assert has_split(FilesCorpusSpec(train_paths=paths, validation_fraction=0.1), "val")
+
+
+def test_held_out_documents_are_not_trained_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = [f"document {index}" for index in range(200)]
+    rows(tmp_path / "x.jsonl", *texts)
+    corpus = FilesCorpusSpec(train_paths=(str(tmp_path / "x.jsonl"),), validation_fraction=0.2)
+    found: dict[str, list[str]] = {}
+    for split in ("train", "val"):
+        build_token_files(corpus, split, tokenizer, tmp_path / split)
+        data = IndexedTokens.open(tmp_path / split)
+        found[split] = [tokenizer.decode(data.document(i)[:-1]) for i in range(len(data))]
+    assert sorted(found["train"] + found["val"]) == sorted(texts)
+    assert 10 < len(found["val"]) < 90
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def arguments(folder: Path, tokenizer_path: Path, *more: str) -> list[str]:
+    outputs = [f"output.train_prefix={folder / 'train'}", f"output.val_prefix={folder / 'val'}"]
+    stories = ["corpus.num_train_stories=5", "corpus.num_val_stories=2"]
+    return [f"tokenizer.path={tokenizer_path}", *outputs, *([] if "corpus.kind=files" in more else stories), *more]
+
+
+def test_command(tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert make_data.main(arguments(tmp_path, tokenizer_path)) == 0
+    assert entries(tmp_path) == sorted(f"{split}{suffix}" for split in ("train", "val") for suffix in SUFFIXES)
+    output = capsys.readouterr()
+    assert "tokens in 5 documents, uint16, made in" in output.out and output.err == ""
+    assert make_data.main(arguments(tmp_path, tokenizer_path)) == 0
+    assert capsys.readouterr().out.count("up to date") == 2
+    assert make_data.main(arguments(tmp_path, tokenizer_path, "--verify")) == 0
+    assert capsys.readouterr().out.count("intact") == 2
+    with (tmp_path / "val.bin").open("r+b") as file:
+        file.write(b"\xff")
+    assert make_data.main(arguments(tmp_path, tokenizer_path, "--verify")) == EXIT_FAILURE
+    assert "val.bin does not match its SHA-256" in capsys.readouterr().err
+    assert make_data.main(arguments(tmp_path, tokenizer_path, "--force")) == 0
+    assert make_data.main(arguments(tmp_path, tokenizer_path, "--verify")) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (["tokenizer.path=none"], EXIT_FAILURE, "no tokenizer at none"),
+        (["output.val_prefix=same", "output.train_prefix=same"], EXIT_USAGE, "both same"),
+        (["--workers", "-1"], EXIT_USAGE, "--workers"),
+        (["--workers", "many"], EXIT_USAGE, "--workers"),
+        (["corpus.kind=files", 'corpus.train_paths=["none.txt"]'], EXIT_FAILURE, "none.txt does not exist"),
+        (["output.dtype=uint8"], EXIT_USAGE, "output.dtype"),
+        (["--verify"], EXIT_FAILURE, "train.bin does not exist"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], code: int, words: str
+) -> None:
+    assert make_data.main(arguments(tmp_path, tokenizer_path, *more)) == code
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+    assert entries(tmp_path) == []
+
+
+def test_progress_is_shown_only_for_long_work(
+    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make_data, "QUIET_SECONDS", 0.0)
+    assert make_data.main(arguments(tmp_path, tokenizer_path)) == 0
+    assert "train: 5 documents" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_in_the_middle(tmp_path: Path, tokenizer_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C leaves nothing; after a kill no worker lives on and the next run cleans up."""
+    more = ["corpus.num_train_stories=100_000_000", "--workers", "2"]
+    command = [sys.executable, "-m", "cli.make_data", *arguments(tmp_path, tokenizer_path, *more)]
+    child = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not any(path.suffix != ".json" and path.stat().st_size > 100 for path in tmp_path.iterdir()):
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.05)
+    os.killpg(child.pid, number) if number == signal.SIGINT else child.kill()
+    output, error = child.communicate(timeout=60)  # ends when the last process that holds the pipe does
+    if number == signal.SIGINT:
+        assert child.returncode == EXIT_INTERRUPTED
+        assert output == "" and error.splitlines()[-1] == "transformerlm-make-data: interrupted", error
+        assert "Traceback" not in error and entries(tmp_path) == []
+    else:
+        assert [name.rpartition(".tmp-")[0] for name in entries(tmp_path)] == [".train.bin", ".train.idx"]
+        assert make_data.main(arguments(tmp_path, tokenizer_path, "output.val_prefix=")) == 0
+        assert entries(tmp_path) == ["train.bin", "train.idx", "train.json"]
