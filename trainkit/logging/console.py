@@ -10,10 +10,14 @@ import math
 import os
 import sys
 import time
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
+from unicodedata import category
 
 from trainkit.logging.records import Record, Scalar, describe, encode_record, throughput
 from trainkit.logging.sinks import SinkOpener
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 REFRESH_SECONDS = 0.2
 BAR_WIDTHS = (10, 40)
@@ -56,8 +60,8 @@ class LiveConsole:
         from rich.console import Console
         from rich.live import Live
 
-        descriptor = _descriptor(stream)
-        self._file = stream if descriptor is None else os.fdopen(os.dup(descriptor), "w", encoding=stream.encoding)
+        # A buffer of its own; see above.
+        self._file = os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding, errors="replace")
         self._console = Console(file=self._file, highlight=False, markup=False, emoji=False)
         self._total_steps = total_steps
         self._progress = Progress(total_steps)
@@ -72,25 +76,25 @@ class LiveConsole:
     def write(self, record: Record) -> None:
         self._progress.update(record)
         if record["kind"] != "train":
+            self._live.update(self._render())  # printing draws the line anew too
             self._console.print(_printable(describe(record)), soft_wrap=True)
-        now = time.monotonic()
-        if record["kind"] != "train" or now - self._refreshed >= REFRESH_SECONDS:
-            self._refresh()
-            self._refreshed = now
+        elif time.monotonic() - self._refreshed >= REFRESH_SECONDS:
+            self._live.update(self._render(), refresh=True)
+            self._refreshed = time.monotonic()
 
     def close(self) -> None:
-        self._refresh()
+        self._live.update(self._render(), refresh=True)
         self._live.stop()
-        self._console.show_cursor(True)
+        self._file.close()
 
-    def _refresh(self) -> None:
+    def _render(self) -> RenderableType:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
         before, bar_width, after = self._progress.line(self._console.width)
         row = Table.grid()
         row.add_row(before, ProgressBar(self._total_steps, self._progress.step, width=bar_width), after)
-        self._live.update(row, refresh=True)
+        return row
 
 
 class Progress:
@@ -135,12 +139,12 @@ class Progress:
 
     def _seconds_left(self) -> float | None:
         """From the mean speed since the first record (which may hold compilation), validations included."""
-        if self._first is None:
+        if self._first is None or self.step >= self._total:
             return None
         steps = int(self._train["step"] or 0) - int(self._first["step"] or 0)
         seconds = float(self._train["time"] or 0) - float(self._first["time"] or 0)
         each = seconds / steps if steps > 0 else float(self._train.get("step_seconds") or "nan")
-        return each * max(0, self._total - self.step) if math.isfinite(each) else None
+        return each * (self._total - self.step) if math.isfinite(each) else None
 
 
 def format_duration(seconds: float) -> str:
@@ -167,9 +171,7 @@ def _fact(form: str, value: Scalar) -> str:
 
 def _printable(text: str) -> str:
     """Without control characters: what a model samples must not steer the terminal."""
-    return "".join(
-        c if c in "\n\t" or (c.isprintable() or ord(c) >= 0xA0) else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+    return "".join(c if c in "\n\t" or category(c) not in ("Cc", "Cs") else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _descriptor(stream: TextIO) -> int | None:

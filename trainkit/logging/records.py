@@ -41,7 +41,7 @@ def stamp(record: Mapping[str, Scalar]) -> Record:
 
 def encode_record(record: Mapping[str, Scalar]) -> bytes:
     """One line, newline included. Raises `TypeError` when a value is not a scalar."""
-    # Only ASCII: a lone surrogate in a sampled text cannot break the file, and U+2028 cannot look like a line's end.
+    # Only ASCII, so that U+2028 in a sampled text does not look like a line's end to anyone.
     line = json.dumps({name: _json_scalar(name, value) for name, value in record.items()}, allow_nan=False)
     return line.encode("ascii") + b"\n"
 
@@ -72,7 +72,7 @@ def describe(record: Mapping[str, Scalar]) -> str:
         return str(record.get("text", ""))
     values = "  ".join(f"{name} {format_value(value)}" for name, value in record.items() if name not in HEADER)
     kind = "" if record["kind"] == "train" else f"{record['kind']}  "
-    return f"step {record['step']}  {kind}{values}".rstrip()
+    return f"step {format_value(record['step'])}  {kind}{values}".rstrip()
 
 
 def throughput(record: Mapping[str, Scalar]) -> tuple[str, float] | None:
@@ -96,6 +96,9 @@ def format_value(value: Scalar) -> str:
 def _json_scalar(name: str, value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if value is None or isinstance(value, str | int | float):
+    if isinstance(value, str):
+        # Half a surrogate pair is legal in Python and nowhere else; jq refuses its escape.
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if value is None or isinstance(value, int | float):
         return value
     raise TypeError(f"a record holds scalars only, and {name!r} is a {type(value).__name__}")

@@ -21,7 +21,7 @@ from trainkit.logging.console import console_sink
 from trainkit.logging.csv import CSV_FILE, CsvSink
 from trainkit.logging.jsonl import METRICS_FILE, MetricsFile
 from trainkit.logging.plotting import PLOTS_DIRECTORY, PlotSink
-from trainkit.logging.records import Record, Scalar, describe, stamp
+from trainkit.logging.records import Record, Scalar, decode_record, describe, stamp
 from trainkit.logging.samples import SAMPLES_FILE, SamplesSink
 from trainkit.logging.sinks import BackgroundSink, SinkOpener
 from trainkit.specs import LoggingSpec
@@ -55,8 +55,8 @@ class FileLog:
         remove_leftovers(directory)
         self._metrics = MetricsFile(directory / METRICS_FILE)
         self._text_path = directory / TEXT_FILE
-        self._step = 0
         abandoned = None if continue_at is None else self._metrics.continue_at(continue_at)
+        self._step = _last_step(self._metrics.path)
         # Only now: file views begin by reading the metrics file.
         self._sinks = [BackgroundSink(name, opener) for name, opener in sinks.items()]
         if abandoned is not None:
@@ -117,6 +117,13 @@ def open_run_log(
     """
     directory = Path(directory)
     return FileLog(directory, _sinks_of(directory, spec, total_steps) | dict(sinks or {}), continue_at=continue_at)
+
+
+def _last_step(metrics_path: Path) -> int:
+    last_line = metrics_path.read_bytes().splitlines()[-1:]
+    with suppress(ValueError):
+        return int(decode_record(last_line[0])["step"] or 0) if last_line else 0
+    return 0
 
 
 def _lock(path: Path) -> BinaryIO:
