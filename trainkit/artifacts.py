@@ -45,6 +45,7 @@ def publish_directory(
     if path.exists() and not replace:
         raise UserError(f"{path} exists already; remove it or choose another place")
     temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{secrets.token_hex(4)}")
+    make_directory(path.parent)
     make_directory(temporary)
     try:
         step_hook("write")
@@ -79,16 +80,14 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot create the directory {path.parent}: {error.strerror}; choose a writable place"
-        ) from error
+        raise UserError(f"cannot create the directory {path}: {error.strerror}; choose a writable place") from error
 
 
 def seal_directory(directory: Path, *, extra: Mapping[str, Any] | None = None) -> None:
     """Flush every file below `directory` and write its manifest (also flushed)."""
     step_hook("seal")
     files: dict[str, dict[str, Any]] = {}
-    for file in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
+    for file in sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST):
         _fsync_file(file)
         name = file.relative_to(directory).as_posix()
         files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
