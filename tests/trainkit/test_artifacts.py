@@ -29,6 +29,12 @@ def test_a_published_directory_verifies(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["set"]
 
 
+def test_a_set_inside_a_set_is_covered_with_its_manifest(tmp_path: Path) -> None:
+    with publish_directory(tmp_path / "outer") as outer, publish_directory(outer / "inner") as inner:
+        fill(inner)
+    assert "inner/manifest.json" in verify_directory(tmp_path / "outer")["files"]
+
+
 def test_replacing_keeps_the_old_set_until_the_new_one_is_whole(tmp_path: Path) -> None:
     place = tmp_path / "set"
     with publish_directory(place) as temporary:
