@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from config.loading import Loaded, load, resolved, shipped, shipped_names
 from config.rendering import explain, json_schema, to_toml, toml_value
-from config.schemas import COMMANDS, PipelineConfig, TrainConfig
+from config.schemas import COMMANDS, FileName, PipelineConfig, TrainConfig
 from config.tables import kinds, walk
 from trainkit.errors import UserError
 
@@ -52,6 +52,8 @@ def test_shipped_configurations_print_and_read_back(name: str) -> None:
 def some_value(annotation: Any) -> st.SearchStrategy[Any]:
     if annotation == tuple[str, ...]:
         return st.lists(st.text(max_size=8), max_size=3)
+    if annotation == FileName:  # hypothesis does not know patterns
+        return st.text(st.characters(exclude_categories=["C"], exclude_characters="/\\."), min_size=1)
     return st.from_type(annotation)
 
 
