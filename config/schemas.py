@@ -298,8 +298,14 @@ class PipelineConfig(Experiment):
 class InferConfig(Schema):
     """`transformerlm-infer`: text from a checkpoint."""
 
-    inference: InferenceSpec = InferenceSpec()
+    inference: InferenceSpec
     """What to generate, and how."""
+
+    @model_validator(mode="after")
+    def _has_a_checkpoint(self) -> Self:
+        if not self.inference.checkpoint:
+            raise ValueError("inference.checkpoint is required: a run folder, or one of its checkpoints")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

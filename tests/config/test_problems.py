@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from config.loading import load
 from config.problems import lines
-from config.schemas import EvalConfig, MakeDataConfig, PipelineConfig, TrainConfig
+from config.schemas import EvalConfig, InferConfig, MakeDataConfig, PipelineConfig, TrainConfig
 from config.spellings import SPELLINGS
 from config.tables import fields, walk
 
@@ -123,6 +123,7 @@ def test_what_must_hold_between_tables() -> None:
 
 def test_what_is_missing_is_named() -> None:
     assert only(TrainConfig, "data.megatron_train_prefix=p").startswith("tokenizer.path: is required")
+    assert "inference.checkpoint is required" in only(InferConfig)
     assert only(MakeDataConfig).startswith("tokenizer.path: is required")
     assert only(PipelineConfig, "corpus.kind=hub").startswith("corpus.dataset_name: is required")
     assert [line.split(":")[0] for line in problem_lines(EvalConfig, "data.kind=tokens")] == [
