@@ -27,6 +27,9 @@ class SamplingSpec:
     """Divides positive and multiplies negative logits of tokens already in the text (arXiv:1909.05858); 1 = off."""
 
 
+DEFAULT_SAMPLING = SamplingSpec()
+
+
 @dataclass(frozen=True, kw_only=True)
 class InferenceSpec(SamplingSpec):
     """One call of the predictor."""
