@@ -22,6 +22,7 @@ from trainkit.logging.records import Record, Scalar, read_records, throughput
 BLUE, ORANGE, GREY, LIGHT = "#2563a8", "#d9622b", "#6b7280", "#d7dbe0"
 SMOOTHING = 0.03
 """Half the width of the smoothing window at a point, as a share of the points before it."""
+MAX_POINTS = 1000
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Steps and their finite values."""
@@ -41,13 +42,17 @@ def draw_plots(metrics_path: Path | str, directory: Path | str) -> list[Path]:
     return drawn
 
 
-def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Centred means over a window that grows with the position: the steep start stays sharp, the noisy rest is calm."""
-    index = np.arange(len(values))
-    half = (index * SMOOTHING).astype(np.int64)
-    low, high = index - half, np.minimum(index + half + 1, len(values))
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[high] - sums[low]) / (high - low)
+def smooth(curve: Curve) -> Curve:
+    """Centred means over a window that grows with the position: the steep start stays sharp, the noisy rest is calm.
+
+    Returns no more points than a picture can show.
+    """
+    steps, values = curve
+    centres = np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_POINTS)).round().astype(int))
+    half = (centres * SMOOTHING).astype(int)
+    # Not by differences of a running sum: after one huge value that sum has lost all small ones.
+    means = [values[i - h : i + h + 1].mean() for i, h in zip(centres, half, strict=True)]
+    return steps[centres], np.array(means)
 
 
 def _draw_loss(axes: Axes, records: Sequence[Record]) -> bool:
@@ -131,7 +136,7 @@ def _draw_smoothed(axes: Axes, curve: Curve, label: str) -> None:
         return
     axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.9)
     marker = "o" if len(steps) == 1 else None
-    axes.plot(steps, smooth(values), color=BLUE, linewidth=1.8, marker=marker, label=f"{label} (smoothed)")
+    axes.plot(*smooth(curve), color=BLUE, linewidth=1.8, marker=marker, label=f"{label} (smoothed)")
 
 
 def _use_log_scale_where_it_helps(axes: Axes, values: NDArray[np.float64]) -> None:

@@ -136,7 +136,7 @@ def describe_environment() -> dict[str, Any]:
     has_cuda = torch.cuda.is_available()
     return {
         "time": time.time(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(sys.orig_argv),
         "git": _describe_git(),
         "python": platform.python_version(),
         "torch": torch.__version__,
