@@ -36,11 +36,10 @@ def test_every_configured_command_is_a_script() -> None:
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_help_and_print_config_load_nothing_heavy_and_touch_nothing(name: str, tmp_path: Path) -> None:
-    for argument in ("--help", "--print-config"):
+    for argument, start in (("--help", f"usage: {name} "), ("--print-config", "[")):
         done = run_script(name, argument, folder=tmp_path)
         assert (done.returncode, done.stderr.split()) == (0, [])
-        assert done.stdout
-    assert f"usage: {name} " in run_script(name, "-h", folder=tmp_path).stdout
+        assert done.stdout.startswith(start)
     assert not list(tmp_path.iterdir())
 
 
