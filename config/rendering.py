@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from config.layers import DEFAULT
 from config.loading import Loaded, resolved
-from config.tables import defaults, documentation, fields, kinds, members, tag_of, walk
+from config.tables import TAGS, defaults, documentation, fields, kinds, members, tag_of
 from trainkit.errors import EXIT_USAGE, UserError
 
 DERIVED = {"objective.kind"}
@@ -136,14 +136,15 @@ def explain(schema: type[BaseModel], name: str = "", width: int = 100) -> str:
 
 def summaries(schema: type[BaseModel], names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """The named settings with the first sentence of their documentation."""
-    tables = {".".join(path): _owner(schema, path) for path, _ in walk(schema)}
     for name in names:
-        text = documentation(tables[name])[name.rpartition(".")[2]]
-        yield name, text.split(". ")[0].split("; ")[0].rstrip(".")
-
-
-def _owner(schema: type[BaseModel], path: tuple[str, ...]) -> type:
-    return next(kind for kind in kinds(fields(schema)[path[0]]) if path[1] in fields(kind))
+        table, _, setting = name.partition(".")
+        candidates = [kind for kind in kinds(fields(schema)[table]) if setting in fields(kind)]
+        if setting in TAGS:
+            values = [tag[1] for kind in candidates if (tag := tag_of(kind))]
+            yield name, f"Which kind of table: {', '.join(values)}"
+        else:
+            text = documentation(candidates[0])[setting]
+            yield name, text.split(". ")[0].split("; ")[0].rstrip(".")
 
 
 def _heading(table: str, kind: type) -> str:

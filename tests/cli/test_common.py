@@ -38,7 +38,7 @@ def command(run: Any = _record) -> Command[PipelineConfig]:
         default_config="quickstart",
         run=run,
         examples=("model.depth=6",),
-        useful=("training.max_steps", "model.context_length"),
+        useful=("training.max_steps", "corpus.kind", "model.context_length"),
         flags={"--max-steps": "training.max_steps", "--device": "training.device"},
         add_arguments=_add_arguments,
     )
@@ -158,7 +158,13 @@ def test_print_config_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_schema_and_explanations(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(command(), ["-h"]) == 0
     shown = capsys.readouterr().out
-    for words in ("transformerlm-test model.depth=6", "training.max_steps=", "--resume [WHICH]", "--force", "--device"):
+    for words in (
+        "transformerlm-test model.depth=6",
+        "training.max_steps=",
+        "--resume [WHICH]",
+        "--force",
+        "grammar, files, hub",
+    ):
         assert words in shown
     assert run_command(command(), ["--schema"]) == 0
     assert "TransformerSpec" in json.loads(capsys.readouterr().out)["$defs"]
