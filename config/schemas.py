@@ -189,7 +189,7 @@ class HubCorpusSpec:
     text_field: NotEmpty = "text"
     """Column that holds the text."""
     cache_dir: str = ""
-    """Where downloads are kept; empty = `HF_DATASETS_CACHE`, then `HF_HOME`, then the library's own place."""
+    """Folder that keeps the whole data set, to be read again without network; empty streams it and keeps nothing."""
     max_train_documents: Annotated[int, Ge(0)] = 0
     """Read only the first so many training documents; 0 = all."""
     max_val_documents: Annotated[int, Ge(0)] = 0
