@@ -122,6 +122,7 @@ def test_what_does_not_fit_the_queue_is_counted(gate: threading.Event) -> None:
     sink.wait_closed(deadline=time.monotonic() + 60)
     assert collector.closed
     assert len(collector.records) + sink.dropped == 20 and sink.dropped >= 15
+    assert [r["step"] for r in collector.records][-3:] == [17, 18, 19]  # the newest are kept
     assert sink.problems() == [f"the slow sink was too slow and missed {sink.dropped} records"]
     assert sink.problems() == []
 

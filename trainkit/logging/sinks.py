@@ -1,8 +1,8 @@
 """Sinks are views of the records, and a view never stops or slows the run.
 
 Each sink lives on a daemon thread of its own, behind a bounded queue: it is opened there (opening may hang too), a
-record that finds the queue full is dropped and counted, and the first exception switches the sink off. Problems are
-collected for the run to report; they are never raised.
+full queue gives up its oldest record (the newest says most) and counts it, and the first exception switches the sink
+off. Problems are collected for the run to report; they are never raised.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol, TypeAlias
 
 from trainkit.logging.records import Record
@@ -43,10 +44,7 @@ class BackgroundSink:
         """Hand over a record, without waiting."""
         if not self._thread.is_alive():  # it failed, and that is reported
             return
-        try:
-            self._queue.put_nowait(record)
-        except queue.Full:
-            self.dropped += 1
+        self._put(record)
 
     def problems(self) -> list[str]:
         """What went wrong since the last call."""
@@ -54,11 +52,7 @@ class BackgroundSink:
 
     def ask_to_close(self) -> None:
         """Let the sink finish what it has; `wait_closed` waits for it."""
-        while True:
-            try:
-                return self._queue.put_nowait(None)
-            except queue.Full:
-                self.dropped += self._discard_one()
+        self._put(None)
 
     def wait_closed(self, deadline: float) -> None:
         """Wait until `time.monotonic()` reaches `deadline` at most; a sink that hangs is left behind."""
@@ -68,12 +62,14 @@ class BackgroundSink:
         if self.dropped:
             self._problems.put(f"the {self.name} sink was too slow and missed {self.dropped:,} records")
 
-    def _discard_one(self) -> int:
-        try:
-            self._queue.get_nowait()
-        except queue.Empty:
-            return 0
-        return 1
+    def _put(self, item: Record | None) -> None:
+        while True:
+            try:
+                return self._queue.put_nowait(item)
+            except queue.Full:
+                with suppress(queue.Empty):
+                    self._queue.get_nowait()
+                    self.dropped += 1
 
     def _run(self, open_sink: SinkOpener) -> None:
         try:
