@@ -13,7 +13,15 @@ from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict, Discriminator, StringConstraints, model_validator
 
 from trainkit.data.specs import MegatronDataSpec
-from trainkit.specs import AdamWSpec, CheckpointSpec, CosineScheduleSpec, LoggingSpec, ScheduleSpec, TrainingSpec
+from trainkit.specs import (
+    AdamWSpec,
+    CheckpointSpec,
+    CosineScheduleSpec,
+    LoggingSpec,
+    OptimizerSpec,
+    ScheduleSpec,
+    TrainingSpec,
+)
 from transformerlm.evaluation.specs import EvaluationSpec
 from transformerlm.inference.specs import InferenceSpec, PrecisionName, SamplingSpec, WeightsName
 from transformerlm.models.specs import TransformerSpec
@@ -85,7 +93,7 @@ class Experiment(Schema):
     """The loop: how long, how large a step, how often to look, and for which objective."""
     objective: AutoregressiveSpec = AutoregressiveSpec()
     """Settings of the objective that `training.objective` chooses."""
-    optimizer: AdamWSpec = AdamWSpec()
+    optimizer: Annotated[OptimizerSpec, Discriminator("kind")] = AdamWSpec()
     """How weights follow gradients."""
     schedule: Annotated[ScheduleSpec, Discriminator("kind")] = CosineScheduleSpec()
     """How the learning rate moves over the run."""

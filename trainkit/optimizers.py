@@ -5,29 +5,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trainkit.specs import OptimizerSpec
+from trainkit.muon import Muon
+from trainkit.specs import AdamWSpec, MuonSpec, OptimizerSpec
 
 
 def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over two groups: matrices decay; vectors and embeddings do not.
+    """The optimizer over two groups: matrices decay; vectors and embeddings do not.
 
     Decaying gains, biases and embedding rows pulls them towards zero for no benefit in generalisation. Each group
     carries its `name`.
     """
-    decayed, kept = split_parameters(model)
-    groups = [
-        {"params": [p for _, p in decayed], "weight_decay": spec.weight_decay, "name": "matrices"},
-        {"params": [p for _, p in kept], "weight_decay": 0.0, "name": "vectors"},
-    ]
-    device_type = next(model.parameters()).device.type
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=spec.learning_rate,
-        betas=(spec.beta1, spec.beta2),
-        eps=spec.eps,
-        # One kernel per group instead of several per parameter; it exists on these devices.
-        fused=device_type in ("cpu", "cuda"),
-    )
+    decayed, kept = ([p for _, p in part] for part in split_parameters(model))
+    # One kernel per group instead of several per parameter; it exists on these devices.
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    betas = (spec.beta1, spec.beta2)
+    match spec:
+        case AdamWSpec():
+            groups = [
+                {"params": decayed, "weight_decay": spec.weight_decay, "name": "matrices"},
+                {"params": kept, "weight_decay": 0.0, "name": "vectors"},
+            ]
+            groups = [group for group in groups if group["params"]]
+            return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=betas, eps=spec.eps, fused=fused)
+        case MuonSpec():
+            return Muon(
+                decayed,
+                kept,
+                lr=spec.learning_rate,
+                weight_decay=spec.weight_decay,
+                momentum=spec.momentum,
+                betas=betas,
+                eps=spec.eps,
+                fused=fused,
+            )
 
 
 def split_parameters(model: nn.Module) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, nn.Parameter]]]:
@@ -41,7 +51,7 @@ def split_parameters(model: nn.Module) -> tuple[list[tuple[str, nn.Parameter]], 
     kept: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 and name not in tables else kept).append((name, parameter))
+            (decayed if parameter.ndim == 2 and name not in tables else kept).append((name, parameter))
     return decayed, kept
 
 

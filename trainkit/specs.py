@@ -67,8 +67,26 @@ class AdamWSpec:
     """Added to the root of the second moment."""
 
 
-OptimizerSpec = AdamWSpec
-"""Grows into a union, told apart by `kind`."""
+@dataclass(frozen=True, kw_only=True)
+class MuonSpec:
+    """Orthogonalised momentum for hidden matrices, AdamW for the rest; see `trainkit.muon`."""
+
+    kind: Literal["muon"] = "muon"
+    learning_rate: Annotated[float, Gt(0)] = 3e-3
+    """Peak learning rate of all parameters; the schedule multiplies it."""
+    weight_decay: Annotated[float, Ge(0)] = 0.1
+    """Decay of matrices; vectors and embeddings are not decayed."""
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
+    """Decay of the matrices' momentum."""
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
+    """AdamW's decay of the second moment."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """AdamW's addition to the root of the second moment."""
+
+
+OptimizerSpec = AdamWSpec | MuonSpec
 
 
 @dataclass(frozen=True, kw_only=True)

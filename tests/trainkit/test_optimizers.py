@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from trainkit.averaging import averaged_weights, start_average, update_average
-from trainkit.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors, split_parameters
-from trainkit.specs import AdamWSpec
+from trainkit.muon import orthogonalize
+from trainkit.optimizers import (
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+    split_parameters,
+)
+from trainkit.specs import AdamWSpec, MuonSpec, OptimizerSpec
 
 
 class Small(nn.Module):
@@ -52,21 +60,55 @@ def test_update_follows_the_paper() -> None:
         torch.testing.assert_close(model.weight.detach(), wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_state_by_name_continues_to_the_bit() -> None:
+def test_orthogonalize_comes_near_the_polar_factor() -> None:
+    """Against the singular value decomposition: same singular vectors, singular values near one."""
+    torch.manual_seed(0)
+    for shape in [(3, 8, 8), (2, 5, 20), (2, 20, 5)]:
+        matrices = torch.randn(shape, dtype=torch.float64)
+        u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
+        found = u.mT @ orthogonalize(matrices) @ vt.mT  # diagonal, where the singular vectors are the same
+        values = torch.diagonal(found, dim1=1, dim2=2)
+        torch.testing.assert_close(found, torch.diag_embed(values), atol=1e-9, rtol=0)
+        assert float(values.min()) > 0.4 and float(values.max()) < 1.3
+
+
+def test_muon_steps_matrices_by_its_formula_and_the_rest_by_adamw() -> None:
+    spec = MuonSpec(learning_rate=0.01, weight_decay=0.5, momentum=0.9)
+    model, twin = Small(), Small()
+    optimizer = build_optimizer(spec, model)
+    adamw = build_optimizer(AdamWSpec(learning_rate=0.01, weight_decay=0.5), twin)
+    for m in (model, twin):
+        m(torch.tensor([0, 1, 2])).square().sum().backward()
+    weight, gradient = model.linear.weight.detach().clone(), model.linear.weight.grad.clone()
+    optimizer.step()
+    adamw.step()
+    direction = orthogonalize((gradient.lerp(0.1 * gradient, 0.9))[None])[0]
+    wanted = weight * (1 - 0.01 * 0.5) - 0.01 * 0.2 * 2.0 * direction
+    torch.testing.assert_close(model.linear.weight.detach(), wanted)
+    for name, parameter in twin.named_parameters():
+        if name != "linear.weight":
+            assert torch.equal(parameter, dict(model.named_parameters())[name])
+    set_learning_rate(optimizer, 0.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("spec", [AdamWSpec(), MuonSpec()])
+def test_state_by_name_continues_to_the_bit(spec: OptimizerSpec) -> None:
     straight = Small()
-    optimizer = build_optimizer(AdamWSpec(), straight)
+    optimizer = build_optimizer(spec, straight)
     train(straight, optimizer, 3)
     saved = {name: t.clone() for name, t in optimizer_tensors(optimizer, straight).items()}
     weights = {name: t.clone() for name, t in straight.state_dict().items()}
-    assert "linear.weight/exp_avg" in saved
+    assert "linear.bias/exp_avg" in saved
     train(straight, optimizer, 4)
 
     resumed = Small()
     resumed.load_state_dict(weights)
-    again = build_optimizer(AdamWSpec(), resumed)
+    again = build_optimizer(spec, resumed)
     load_optimizer_tensors(again, resumed, saved)
-    for _ in range(1):
-        train(resumed, again, 4)
+    train(resumed, again, 4)
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name])
 
