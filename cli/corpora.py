@@ -1,4 +1,4 @@
-"""From a `[corpus]` table to documents, and to a fingerprint that says whether what was made of them is still current."""
+"""From a `[corpus]` table to documents, and to a fingerprint that tells whether what was made of them is current."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from config.schemas import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
 from trainkit.errors import UserError
@@ -102,7 +102,8 @@ def _hub_documents(corpus: HubCorpusSpec, split: Split) -> Iterator[str]:
         columns = ", ".join(first)
         raise UserError(f"the data set {corpus.dataset_name!r} has no column {column!r}; it has {columns}")
     limit = corpus.max_train_documents if split == "train" else corpus.max_val_documents
-    return islice((row[column] for row in rows), limit or None)
+    texts = (cast("dict[str, str]", row)[column] for row in rows)
+    return islice(texts, limit or None)
 
 
 def require_documents(documents: Iterator[str], what: str) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """`transformerlm-pipeline`: text → tokenizer → token files → training → evaluation → stories, in one command.
 
-Each stage leaves an artifact behind and is skipped while that artifact matches the configuration and its inputs. A run that
-was interrupted goes on where it stopped.
+Each stage leaves an artifact behind and is skipped while that artifact matches the configuration and its inputs. A run
+that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cli.common import Command, run_command
-from config.loading import Loaded, resolved
+from config.loading import Loaded
 from config.rendering import to_toml
 from config.schemas import PipelineConfig, TrainConfig
 
@@ -37,7 +37,8 @@ def run(loaded: Loaded[PipelineConfig], arguments: argparse.Namespace) -> int:
     train_config = config.train_config(
         tokenizer_path=str(tokenizer_path), train_prefix=prefixes["train"], val_prefix=prefixes.get("val", "")
     )
-    exit_code = train_model(train_config, root, force=arguments.force, verify=arguments.verify)
+    training = Loaded(train_config, loaded.origins, loaded.source)
+    exit_code = train_model(training, root, force=arguments.force, verify=arguments.verify)
     return exit_code or report(config, train_config)
 
 
@@ -116,13 +117,13 @@ def make_token_files(
     return prefixes
 
 
-def train_model(config: TrainConfig, root: Path, *, force: bool, verify: bool) -> int:
+def train_model(loaded: Loaded[TrainConfig], root: Path, *, force: bool, verify: bool) -> int:
     """Train, go on training, or find that it is done; returns the exit code."""
     from cli.training import EXIT_CODES, is_finished, run_directory, set_aside, train_from_config
     from trainkit.artifacts import publish_file, verify_directory
 
+    config, toml = loaded.config, to_toml(loaded)
     directory = run_directory(config)
-    toml = to_toml(Loaded(config, {}, None))
     publish_file(root / "train.toml", toml)
     if force:
         set_aside(directory)
@@ -153,8 +154,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 COMMAND = Command(
     name="transformerlm-pipeline",
-    summary="From text to a trained model and its stories in one command: tokenizer, token files, training, evaluation, "
-    "samples. A stage whose result matches the configuration and its inputs is skipped; an interrupted run goes on.",
+    summary="From text to a trained model and its stories in one command: tokenizer, token files, training, "
+    "evaluation, samples. A stage whose result matches the configuration and its inputs is skipped; an interrupted run goes on.",
     schema=PipelineConfig,
     default_config="quickstart",
     run=run,

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import nn
 
 from config.loading import resolved
 from config.schemas import TrainConfig
-from trainkit.artifacts import publish_file
 from trainkit.checkpoints import CheckpointStore, find_newest_intact, load_snapshot
 from trainkit.data.megatron import IndexedTokens
 from trainkit.data.prefetch import prefetch
 from trainkit.data.windows import MegatronSource
-from trainkit.distribution import World, open_world, wait_for_all
+from trainkit.distribution import World, open_world, sum_over_ranks, wait_for_all, widest_float
 from trainkit.errors import EXIT_NON_FINITE, EXIT_REQUEUE, UserError
 from trainkit.interrupts import Interrupts, catch_interrupts
 from trainkit.logging.run_log import FileLog, NullLog, open_run_log
 from trainkit.loop import DataState, Result, Run, samples_per_step, train
-from trainkit.run_directory import Status, create_run_directory, write_status, write_summary
+from trainkit.precision import autocast_context
+from trainkit.run_directory import (
+    MAY_CHANGE,
+    Status,
+    changed_settings,
+    create_run_directory,
+    read_status,
+    write_status,
+    write_summary,
+)
 from trainkit.task import Batch, RunFacts
 from transformerlm.evaluation.likelihood import score_documents
 from transformerlm.inference.predictor import Predictor
 from transformerlm.models.build import create_model
 from transformerlm.models.files import write_model_json
 from transformerlm.models.sizes import flops_per_token
+from transformerlm.models.transformer import Transformer
 from transformerlm.objectives.build import build_objective
 from transformerlm.tokenizer.tokenizer import Tokenizer
 
@@ -159,22 +172,50 @@ class Prefetched:
 
 
 def _evaluator(ingredients: Ingredients, world: World) -> Callable[[nn.Module, int], Mapping[str, float]] | None:
-    """Scores the validation documents: nats per token and bits per byte."""
+    """Scores the validation documents, each rank its share of them: nats per token, perplexity, bits per byte."""
     config, tokenizer, tokens = ingredients.config, ingredients.tokenizer, ingredients.val_tokens
     if tokens is None:
         return None
-    count = min(len(tokens), config.evaluation.max_documents or len(tokens))
+    last = min(len(tokens), config.evaluation.max_documents or len(tokens))
+    first, last = last * world.rank // world.size, last * (world.rank + 1) // world.size
     byte_lengths = tokenizer.byte_lengths()
 
     def evaluate(model: nn.Module, step: int) -> Mapping[str, float]:
         del step
-        raise NotImplementedError
+        with autocast_context(config.training.precision, world.device):
+            scores = score_documents(
+                model,
+                (tokens.document(index) for index in range(first, last)),
+                byte_lengths,
+                eot_id=tokenizer.eot_id,
+                context_length=config.model.context_length,
+                stride=config.evaluation.stride,
+                batch_size=config.evaluation.batch_size,
+            )
+        parts = {"nats": scores.nats.sum(), "tokens": scores.tokens.sum(), "bytes": scores.bytes.sum()}
+        wide = partial(torch.tensor, dtype=widest_float(world.device), device=world.device)
+        sums = sum_over_ranks({name: wide(value) for name, value in parts.items()}, world)
+        nats, count, size = (float(sums[name]) for name in parts)
+        loss = nats / max(count, 1)
+        values = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
+        return values | ({"val_bits_per_byte": nats / math.log(2) / size} if size else {})
 
     return evaluate
 
 
 def _sampler(config: TrainConfig, tokenizer: Tokenizer, log: FileLog | NullLog) -> Callable[[nn.Module, int], None]:
-    raise NotImplementedError
+    """Continues the prompts of `[inference]` and logs the texts."""
+    settings = config.inference
+
+    def sample(model: nn.Module, step: int) -> None:
+        assert isinstance(model, Transformer)
+        texts = Predictor(model, tokenizer).generate_batch(
+            settings.prompts, total_length=settings.total_length, sampling=settings, seed=config.run.seed
+        )
+        for prompt, text in zip(settings.prompts, texts, strict=True):
+            log.write({"kind": "sample", "step": step, "prompt": prompt, "text": prompt + text})
+
+    return sample
 
 
 def _asset_writer(config: TrainConfig, tokenizer: Tokenizer) -> Callable[[Path], None]:
@@ -185,3 +226,51 @@ def _asset_writer(config: TrainConfig, tokenizer: Tokenizer) -> Callable[[Path],
         tokenizer.save(directory / "tokenizer")
 
     return write
+
+
+def _last_words(result: Result, directory: Path) -> str:
+    best = "; best {metric} {value:.4f} at step {step}".format(**result.best) if result.best else ""
+    match result.status:
+        case "finished":
+            return f"finished at step {result.step}{best}; see {directory}/plots and {directory}/samples.md"
+        case "preempted":
+            return f"stopped at step {result.step} and saved; --resume continues{best}"
+        case "non-finite":
+            return f"gave up at step {result.step}{best}"
+
+
+@contextmanager
+def _status_of(directory: Path, world: World) -> Generator[Callable[[Result], None]]:
+    """Keep `status.json` true however the block ends; `report` tells how it ended well."""
+    if not world.is_main:
+        yield lambda result: None
+        return
+
+    def report(result: Result) -> None:
+        write_status(directory, STATUS[result.status], step=result.step)
+        write_summary(directory, {"status": result.status, "step": result.step, "best": result.best})
+
+    try:
+        yield report
+    except BaseException as error:
+        step = read_status(directory).get("step", 0)
+        write_status(directory, "failed", step=step, message=f"{type(error).__name__}: {error}")
+        raise
+
+
+def is_finished(directory: Path, config: TrainConfig) -> bool:
+    """Whether the run in `directory` is done and was made with this configuration, but for what may change."""
+    if read_status(directory).get("status") != "finished":
+        return False
+    try:
+        old = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return not changed_settings(old, json.loads(json.dumps(resolved(config))), MAY_CHANGE)
+
+
+def set_aside(directory: Path) -> None:
+    """Rename a run directory out of the way: nothing that was computed is ever deleted."""
+    if directory.exists():
+        number = next(n for n in count(1) if not directory.with_name(f"{directory.name}.before-{n}").exists())
+        directory.rename(directory.with_name(f"{directory.name}.before-{number}"))
