@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from profiling import nvtx
+from trainkit.errors import EXIT_USAGE, UserError
 from transformerlm.inference.sampling import sample_tokens
 from transformerlm.inference.specs import DEFAULT_SAMPLING, SamplingSpec
 from transformerlm.models.cache import KeyValueCache
@@ -46,12 +47,17 @@ def generate(
         model.spec, batch_size=count, capacity=longest + max(limits) - 1, device=table.device, dtype=table.dtype
     )
     tokens, segments, positions = _align_right(prompts, table.device)
-    row_ids = torch.tensor(range(count) if rows is None else rows, device=table.device)
-    seen = _seen(prompts, model.vocab_size, table.device) if sampling.repetition_penalty != 1.0 else None
+    # Samplers need 64-bit floats, which Apple's GPUs do not have.
+    sampler_device = torch.device("cpu") if table.device.type == "mps" else table.device
+    row_ids = torch.tensor(range(count) if rows is None else rows, device=sampler_device)
+    seen = _seen(prompts, model.vocab_size, sampler_device) if sampling.repetition_penalty != 1.0 else None
+    if banned is not None:
+        banned = banned.to(sampler_device)
     has_ended = [limit == 0 for limit in limits]
     for step in range(max(limits)):
         with nvtx.range("decode" if step else "prefill"):
             logits = _next_logits(model, tokens, segments=segments, positions=positions, cache=cache)
+        logits = logits.to(sampler_device)
         if banned is not None:
             logits = logits.masked_fill(banned, -math.inf)
         if seen is not None and stop_id is not None:
@@ -67,7 +73,7 @@ def generate(
         ]
         if all(has_ended):
             return
-        tokens = new.unsqueeze(1)
+        tokens = new.unsqueeze(1).to(table.device)
         if segments is not None and positions is not None:
             # A prompt that has ended is carried along, and must not run out of the rotary table meanwhile.
             segments, positions = torch.full_like(tokens, _TEXT), (positions[:, -1:] + 1).clamp(max=context_length - 1)
@@ -75,11 +81,19 @@ def generate(
 
 def extend(model: Transformer, tokens: Tensor, max_new_tokens: int, *, seed: int = 0, **sampling: float) -> Tensor:
     """`tokens` (int64 [batch, length] or [length]) with `max_new_tokens` more; see `Transformer.generate`."""
-    prompts = torch.atleast_2d(tokens).tolist()
+    prompts, context_length = torch.atleast_2d(tokens).tolist(), model.spec.context_length
+    length = tokens.shape[-1]
+    if not length:
+        raise UserError("generate needs at least one token to start from, such as the tokenizer's eot_id", EXIT_USAGE)
+    if length + max_new_tokens - 1 > context_length:
+        raise UserError(
+            f"{length} tokens and {max_new_tokens} more exceed the model's context of {context_length}; ask for fewer",
+            EXIT_USAGE,
+        )
     spec = SamplingSpec(**sampling)  # pyright: ignore[reportArgumentType]
     steps = list(generate(model, prompts, max_new_tokens=max_new_tokens, sampling=spec, seed=seed))
-    new = torch.tensor(steps, dtype=tokens.dtype, device=tokens.device).T
-    return torch.cat([tokens, new.reshape(*tokens.shape[:-1], max_new_tokens)], dim=-1)
+    new = torch.tensor(steps, dtype=tokens.dtype, device=tokens.device).reshape(max_new_tokens, len(prompts))
+    return torch.cat([tokens, new.mT.reshape(*tokens.shape[:-1], max_new_tokens)], dim=-1)
 
 
 @torch.inference_mode()

@@ -130,4 +130,4 @@ class Predictor:
         """Ids that stand for no text, bool [vocab_size]: special tokens but the end of text, and gaps in the ids."""
         banned = torch.from_numpy(self.tokenizer.byte_lengths() == 0)
         banned[self.tokenizer.eot_id] = False
-        return banned.to(self.model.embedding.weight.device)
+        return banned

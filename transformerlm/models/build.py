@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -21,17 +23,15 @@ def create_model(
     Each parameter's values are a function of `seed` and its name, whatever else the model holds. On the `meta` device
     there are no values: that is for counting.
     """
-    device = torch.device(device) if device is not None else torch.get_default_device()
-    model = empty_model(spec, vocab_size=vocab_size)
-    if device.type != "meta":
-        model.to_empty(device=device)
+    model = empty_model(spec, vocab_size=vocab_size, device=device)
+    if not model.embedding.weight.is_meta:
         initialize(model, seed)
     return model
 
 
-def empty_model(spec: ModelSpec, *, vocab_size: int) -> Transformer:
-    """The model on the `meta` device: names, shapes and types without values."""
-    with torch.device("meta"):
+def empty_model(spec: ModelSpec, *, vocab_size: int, device: torch.device | str | None = None) -> Transformer:
+    """The model with matrices that hold nothing yet."""
+    with torch.device(device) if device is not None else nullcontext():
         match spec:
             case TransformerSpec():
                 return Transformer(spec, vocab_size=vocab_size)

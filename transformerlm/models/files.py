@@ -104,7 +104,7 @@ def load_checkpoint(
             f"{directory} does not fit together: its tokenizer has {tokenizer.vocab_size} ids, its model {vocab_size}; "
             "use another checkpoint of the run"
         )
-    model = empty_model(_changed(spec, changes or {}), vocab_size=vocab_size).to_empty(device=resolve_device(device))
+    model = empty_model(_changed(spec, changes or {}), vocab_size=vocab_size, device=resolve_device(device))
     _load_weights(model, directory, weights)
     return Checkpoint(directory, model.eval(), tokenizer)
 

@@ -15,8 +15,8 @@ from transformerlm.models.specs import TransformerSpec
 
 
 def rope_frequencies(spec: TransformerSpec) -> Tensor:
-    """Radians per position of each channel pair, float64 [head_dim / 2]; scaling included."""
-    exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.float64) / spec.head_dim
+    """Radians per position of each channel pair, float64 [head_dim / 2] on the CPU; scaling included."""
+    exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.float64, device="cpu") / spec.head_dim
     match spec.rope_scaling:
         case "none":
             return spec.rope_theta**-exponent
@@ -29,8 +29,8 @@ def rope_frequencies(spec: TransformerSpec) -> Tensor:
 
 
 def rope_table(spec: TransformerSpec) -> Tensor:
-    """Cosines, and sines with the sign that `rotate` needs: float64 [2, context_length, 1, head_dim]."""
-    angles = torch.outer(torch.arange(spec.context_length, dtype=torch.float64), rope_frequencies(spec))
+    """Cosines, and sines with the sign that `rotate` needs: float64 [2, context_length, 1, head_dim] on the CPU."""
+    angles = torch.outer(torch.arange(spec.context_length, dtype=torch.float64, device="cpu"), rope_frequencies(spec))
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)]).unsqueeze(2)
 

@@ -33,18 +33,18 @@ R = TypeVar("R")
 
 
 class Transformer(nn.Module):
-    """See `create_model` for one with initialised weights."""
+    """Its matrices are empty: `create_model` makes one with initial weights, `load_model` one with trained ones."""
 
     def __init__(self, spec: TransformerSpec, *, vocab_size: int) -> None:
         super().__init__()
         self.spec = spec
         self.vocab_size = vocab_size
         padded = padded_vocabulary(vocab_size)
-        self.embedding = nn.Embedding(padded, spec.d_model)
+        self.embedding = Embedding(padded, spec.d_model)
         self.rope = Rope(spec)
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.num_layers))
         self.norm = RMSNorm(spec.d_model, spec.norm_eps)
-        self.output = None if spec.tie_embeddings else nn.Linear(spec.d_model, padded, bias=False)
+        self.output = None if spec.tie_embeddings else Linear(spec.d_model, padded, bias=False)
 
     @overload
     def forward(
@@ -166,10 +166,10 @@ class Attention(nn.Module):
         super().__init__()
         self.spec = spec
         self.layer = layer
-        self.qkv = nn.Linear(spec.d_model, (spec.num_heads + 2 * spec.kv_heads) * spec.head_dim, bias=False)
+        self.qkv = Linear(spec.d_model, (spec.num_heads + 2 * spec.kv_heads) * spec.head_dim, bias=False)
         self.query_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.key_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
-        self.output = nn.Linear(spec.d_model, spec.d_model, bias=False)
+        self.output = Linear(spec.d_model, spec.d_model, bias=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         heads, kv_heads = self.spec.num_heads, self.spec.kv_heads
@@ -190,12 +190,24 @@ class FeedForward(nn.Module):
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(spec.d_model, 2 * spec.ff_width, bias=False)
-        self.down = nn.Linear(spec.ff_width, spec.d_model, bias=False)
+        self.gate_up = Linear(spec.d_model, 2 * spec.ff_width, bias=False)
+        self.down = Linear(spec.ff_width, spec.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
+
+
+class Linear(nn.Linear):
+    """A matrix without values: PyTorch's own would be drawn from hidden state, only to be replaced."""
+
+    def reset_parameters(self) -> None: ...
+
+
+class Embedding(nn.Embedding):
+    """The same for a table."""
+
+    def reset_parameters(self) -> None: ...
 
 
 class RMSNorm(nn.Module):
