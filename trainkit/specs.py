@@ -145,5 +145,7 @@ class LoggingSpec:
     """`auto`: live progress on a terminal, pure JSON lines otherwise."""
     csv: bool = True
     """Write `metrics.csv`."""
+    tensorboard: bool = False
+    """Write `tensorboard/`, for `tensorboard --logdir runs`."""
     plots: bool = True
     """Draw `plots/*.png` at the end of the run, and after each validation."""

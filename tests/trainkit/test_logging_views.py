@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,17 @@ def test_tensorboard_shows_the_numbers(tmp_path: Path) -> None:
     events.Reload()
     assert events.Tags()["scalars"] == ["train/loss", "eval/val_loss"]
     assert [(e.step, e.wall_time, e.value) for e in events.Scalars("train/loss")] == [(1, 5.0, 0.5)]
+
+
+def test_tensorboard_is_a_setting_and_goes_on_after_a_resume(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    spec = LoggingSpec(console="off", csv=False, plots=False, tensorboard=True)
+    offset = None
+    for steps in ((1, 2, 3), (3, 4)):
+        with closing(open_run_log(tmp_path, spec, total_steps=4, continue_at=offset)) as log:
+            for step in steps:
+                log.write({"kind": "train", "step": step, "loss": 10.0 * step})
+                offset = log.offset if step == 2 else offset
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(event.step, event.value) for event in events] == [(1, 10), (2, 20), (3, 30), (4, 40)]

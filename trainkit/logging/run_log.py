@@ -24,6 +24,7 @@ from trainkit.logging.plotting import PLOTS_DIRECTORY, PlotSink
 from trainkit.logging.records import Record, Scalar, decode_record, describe, stamp
 from trainkit.logging.samples import SAMPLES_FILE, SamplesSink
 from trainkit.logging.sinks import BackgroundSink, SinkOpener
+from trainkit.logging.tensorboard import TENSORBOARD_DIRECTORY, TensorboardSink
 from trainkit.specs import LoggingSpec
 
 TEXT_FILE = "log.txt"
@@ -116,7 +117,9 @@ def open_run_log(
     `sinks` adds views to those of the spec.
     """
     directory = Path(directory)
-    return FileLog(directory, _sinks_of(directory, spec, total_steps) | dict(sinks or {}), continue_at=continue_at)
+    return FileLog(
+        directory, _sinks_of(directory, spec, total_steps, continue_at) | dict(sinks or {}), continue_at=continue_at
+    )
 
 
 def _last_step(metrics_path: Path) -> int:
@@ -145,13 +148,24 @@ def _lock(path: Path) -> BinaryIO:
     return file
 
 
-def _sinks_of(directory: Path, spec: LoggingSpec, total_steps: int) -> dict[str, SinkOpener]:
+def _next_step(metrics: Path, continue_at: int | None) -> int:
+    """The step after the last one that a resumed log keeps: a viewer must forget what came after it."""
+    if not continue_at:
+        return 0
+    last = metrics.read_bytes()[:continue_at].splitlines()[-1]
+    return 1 + int(decode_record(last)["step"] or 0)
+
+
+def _sinks_of(directory: Path, spec: LoggingSpec, total_steps: int, continue_at: int | None) -> dict[str, SinkOpener]:
     metrics = directory / METRICS_FILE
     sinks: dict[str, SinkOpener] = {"samples": lambda: SamplesSink(metrics, directory / SAMPLES_FILE)}
     if spec.console != "off":
         sinks["console"] = console_sink(spec.console, total_steps)
     if spec.csv:
         sinks["csv"] = lambda: CsvSink(metrics, directory / CSV_FILE)
+    if spec.tensorboard:
+        first_step = _next_step(metrics, continue_at)
+        sinks["tensorboard"] = lambda: TensorboardSink(directory / TENSORBOARD_DIRECTORY, first_step)
     if spec.plots:
         sinks["plots"] = lambda: PlotSink(metrics, directory / PLOTS_DIRECTORY)
     return sinks

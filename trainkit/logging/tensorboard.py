@@ -6,6 +6,8 @@ from pathlib import Path
 
 from trainkit.logging.records import HEADER, TEXT_KINDS, Record
 
+TENSORBOARD_DIRECTORY = "tensorboard"
+
 
 class TensorboardSink:
     """Writes below `directory`. The viewer purges what an earlier attempt wrote from `first_step` on."""
