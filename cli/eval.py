@@ -1,0 +1,289 @@
+"""`transformerlm-eval`: how likely a checkpoint finds a text, and how far that is from the truth where it is known."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli.common import Command, run_command
+from config.loading import Loaded
+from config.schemas import (
+    CheckpointEvaluationSpec,
+    EvalConfig,
+    EvaluationDataSpec,
+    FilesEvaluationDataSpec,
+    GrammarEvaluationDataSpec,
+    RunEvaluationDataSpec,
+    TokensEvaluationDataSpec,
+)
+from trainkit.errors import EXIT_USAGE, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from trainkit.data.megatron import IntArray
+    from transformerlm.evaluation.likelihood import Excess, Scores
+    from transformerlm.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was scored and what came out."""
+
+    checkpoint: str
+    weights: str
+    data: str
+    documents: int
+    tokens: int
+    bytes: int
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    bits_per_byte: float
+    grammar: GrammarReport | None
+    """Only for stories of the grammar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrammarReport:
+    """The model beside the grammar that wrote the stories, pair by pair."""
+
+    bits_per_byte: float
+    """The grammar's own: no model can do better in the mean."""
+    excess: float
+    """The model's nats above the grammar's, as a share of the grammar's."""
+    excess_nats: float
+    """The same in nats per story."""
+    standard_error: float
+    """Of `excess_nats`, over the stories."""
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Documents to score."""
+
+    name: str
+    documents: Iterable[IntArray]
+    """Ids, the end of text included."""
+    count: int | None
+    """How many, where known."""
+    is_grammar: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(COMMAND, argv)
+
+
+def run(loaded: Loaded[EvalConfig], arguments: argparse.Namespace) -> None:
+    report = evaluate_checkpoint(loaded.config.evaluation, loaded.config.data)
+    if arguments.json:
+        print(json.dumps(as_json(report), indent=2, ensure_ascii=False))
+    else:
+        print(table(report))
+
+
+def evaluate_checkpoint(spec: CheckpointEvaluationSpec, data: EvaluationDataSpec) -> Report:
+    """Score the documents of `data` with a checkpoint."""
+    from transformerlm.evaluation.likelihood import score_documents
+    from transformerlm.models.files import load_checkpoint
+    from transformerlm.utils.dtypes import resolve_dtype
+
+    checkpoint = load_checkpoint(spec.checkpoint, weights=spec.weights, device=spec.device)
+    model, tokenizer = checkpoint.model.to(resolve_dtype(spec.precision)), checkpoint.tokenizer
+    if spec.stride > model.spec.context_length:
+        raise UserError(
+            f"evaluation.stride ({spec.stride}) exceeds the model's context of {model.spec.context_length} tokens; "
+            "lower it, or set 0 for half the context",
+            EXIT_USAGE,
+        )
+    opened = _open_data(data, tokenizer, checkpoint.path)
+    stories: list[str] = []
+
+    def documents() -> Iterator[IntArray]:
+        for document in islice(opened.documents, spec.max_documents or None):
+            if opened.is_grammar:
+                stories.append(tokenizer.decode(document[:-1]))
+            yield document
+
+    scores = score_documents(
+        model,
+        _with_progress(documents(), _least(opened.count, spec.max_documents)),
+        tokenizer.byte_lengths(),
+        eot_id=tokenizer.eot_id,
+        context_length=model.spec.context_length,
+        stride=spec.stride,
+        batch_size=spec.batch_size,
+    )
+    if not len(scores.nats):
+        raise UserError(f"{opened.name} holds no document to score; check the [data] table")
+    return Report(
+        checkpoint=str(checkpoint.path),
+        weights=spec.weights,
+        data=opened.name,
+        documents=len(scores.nats),
+        tokens=int(scores.tokens.sum()),
+        bytes=int(scores.bytes.sum()),
+        loss=scores.loss,
+        perplexity=scores.perplexity,
+        bits_per_byte=scores.bits_per_byte,
+        grammar=_beside_the_grammar(scores, stories) if opened.is_grammar else None,
+    )
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report as plain values; a table that does not apply is left out."""
+    content = dataclasses.asdict(report)
+    return content if content["grammar"] else {name: value for name, value in content.items() if name != "grammar"}
+
+
+def table(report: Report) -> str:
+    """The report for people."""
+    rows = [
+        ("checkpoint", f"{report.checkpoint} ({report.weights} weights)"),
+        ("data", f"{report.data}: {report.documents:,} documents, {report.tokens:,} tokens, {report.bytes:,} bytes"),
+        ("loss", f"{report.loss:.4f} nats per token"),
+        ("perplexity", f"{report.perplexity:.3f}"),
+        ("bits per byte", f"{report.bits_per_byte:.4f}"),
+    ]
+    if report.grammar is not None:
+        grammar = report.grammar
+        share = grammar.standard_error * grammar.excess / grammar.excess_nats if grammar.excess_nats else 0.0
+        rows += [
+            ("grammar", f"{grammar.bits_per_byte:.4f} bits per byte: the best that any model can reach"),
+            (
+                "excess",
+                f"{grammar.excess:.2%} ± {abs(share):.2%} above it "
+                f"({grammar.excess_nats:.2f} ± {grammar.standard_error:.2f} nats per story)",
+            ),
+        ]
+    return "\n".join(f"{name:<15}{text}" for name, text in rows)
+
+
+def _beside_the_grammar(scores: Scores, stories: Sequence[str]) -> GrammarReport:
+    from transformerlm.corpus.stories import log_prob
+
+    nats = [-log_prob(story) for story in stories]
+    if math.inf in nats:
+        raise UserError(
+            f"story {nats.index(math.inf)} is not one of this version's grammar; make the data again, "
+            'or score it as text with data.kind = "files"'
+        )
+    excess: Excess = scores.excess_over(nats)
+    return GrammarReport(
+        bits_per_byte=sum(nats) / math.log(2) / int(scores.bytes.sum()),
+        excess=excess.ratio,
+        excess_nats=excess.mean,
+        standard_error=excess.standard_error,
+    )
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def _open_data(data: EvaluationDataSpec, tokenizer: Tokenizer, checkpoint: Path) -> _Data:
+    match data:
+        case RunEvaluationDataSpec():
+            return _open_tokens(_validation_prefix(checkpoint), tokenizer)
+        case TokensEvaluationDataSpec():
+            return _open_tokens(data.prefix, tokenizer)
+        case FilesEvaluationDataSpec():
+            from trainkit.data.documents import iterate_documents
+
+            texts = iterate_documents(data.paths, text_field=data.text_field)
+            return _Data(", ".join(data.paths), _encoded(texts, tokenizer), None, is_grammar=False)
+        case GrammarEvaluationDataSpec():
+            from transformerlm.corpus.stories import sample, split_seed
+
+            seed = split_seed(data.seed, "val")
+            texts = (sample(seed, index) for index in range(data.num_stories))
+            name = f"held-out stories of the grammar, seed {data.seed}"
+            return _Data(name, _encoded(texts, tokenizer), data.num_stories, is_grammar=True)
+
+
+def _open_tokens(prefix: str, tokenizer: Tokenizer) -> _Data:
+    from trainkit.data.megatron import IndexedTokens
+
+    tokens = IndexedTokens.open(prefix)
+    tokens.check_vocabulary(tokenizer.vocab_size)
+    source: dict[str, Any] = {}
+    if tokens.manifest is not None:
+        source = tokens.manifest.source
+        if tokens.manifest.tokenizer not in ("", tokenizer.content_hash):
+            raise UserError(
+                f"{prefix} was made with another tokenizer than the checkpoint's; make the files again with "
+                "transformerlm-make-data and the tokenizer in the checkpoint's folder"
+            )
+    documents = (tokens.document(index) for index in range(len(tokens)))
+    is_grammar = source.get("corpus", {}).get("kind") == "grammar"
+    return _Data(prefix, documents, len(tokens), is_grammar=is_grammar)
+
+
+def _validation_prefix(checkpoint: Path) -> str:
+    """Where the run that wrote a checkpoint had its validation data."""
+    path = checkpoint.parent.parent / "config.json"
+    hint = 'name the data with data.kind = "tokens" (and data.prefix), "files" or "grammar"'
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        prefix = str(config["data"]["megatron_val_prefix"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{checkpoint} lies in no run directory that says what it was validated on; {hint}") from None
+    if not prefix:
+        raise UserError(f"the run of {checkpoint} had no validation data; {hint}")
+    return prefix
+
+
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray[Any, Any]]:
+    """The ids of each text and the end of text; special tokens in a text are plain characters, as in training."""
+    import numpy as np
+
+    for text in texts:
+        yield np.append(tokenizer.encode(text, allowed_special="none"), np.array(tokenizer.eot_id, tokenizer.dtype))
+
+
+def _least(count: int | None, limit: int) -> int | None:
+    return min(count, limit) if count is not None and limit else count or limit or None
+
+
+def _with_progress(documents: Iterator[IntArray], count: int | None) -> Iterable[IntArray]:
+    """The same documents; a terminal shows how far they are."""
+    if not sys.stderr.isatty():
+        return documents
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(documents, "scoring", total=count, console=Console(stderr=True), transient=True)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+COMMAND = Command(
+    name="transformerlm-eval",
+    summary="Score a text with a checkpoint: loss, perplexity, bits per byte, and for stories of the grammar the "
+    "distance from the best loss that is possible.",
+    schema=EvalConfig,
+    default_config="eval",
+    run=run,
+    examples=(
+        "--ckpt runs/quickstart",
+        "--config config/resources/eval.toml --ckpt runs/tinystories/checkpoints/latest --json",
+        "--ckpt runs/quickstart data.kind=grammar data.num_stories=2000",
+        "--ckpt runs/tinystories data.kind=files 'data.paths=[\"val.jsonl\"]'",
+    ),
+    useful=("evaluation.checkpoint", "evaluation.max_documents", "evaluation.batch_size", "data.kind"),
+    flags={"--ckpt": "evaluation.checkpoint", "--device": "evaluation.device"},
+    add_arguments=_add_arguments,
+)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

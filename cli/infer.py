@@ -1,0 +1,127 @@
+"""`transformerlm-infer`: text from a checkpoint, once or in a conversation."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from cli.common import Command, run_command
+from config.loading import Loaded
+from config.schemas import InferConfig
+from trainkit.errors import UserError
+from transformerlm.inference.specs import InferenceSpec
+
+if TYPE_CHECKING:
+    from transformerlm.inference.predictor import Predictor
+
+SEPARATOR = "---"
+"""The line between two samples."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(COMMAND, argv)
+
+
+def run(loaded: Loaded[InferConfig], arguments: argparse.Namespace) -> None:
+    from transformerlm.inference.predictor import Predictor
+
+    spec = loaded.config.inference
+    if arguments.prompt is not None:
+        spec = replace(spec, prompt=arguments.prompt)
+    predictor = Predictor.from_checkpoint(
+        spec.checkpoint, device=spec.device, weights=spec.weights, precision=spec.precision
+    )
+    if arguments.interactive:
+        converse(predictor, spec)
+    elif arguments.json:
+        for text in complete(predictor, spec):
+            print(json.dumps({"prompt": spec.prompt, "text": text}, ensure_ascii=False), flush=True)
+    elif spec.num_samples == 1:
+        stream(predictor, spec)
+    else:
+        print(f"\n{SEPARATOR}\n".join(spec.prompt + text for text in complete(predictor, spec)))
+
+
+def complete(predictor: Predictor, spec: InferenceSpec) -> list[str]:
+    """The continuations that the settings ask for."""
+    return predictor.generate_batch(
+        [spec.prompt] * spec.num_samples,
+        total_length=spec.total_length,
+        sampling=spec,
+        seed=spec.seed,
+        stop_at_eot=spec.stop_at_eot,
+    )
+
+
+def stream(predictor: Predictor, spec: InferenceSpec) -> None:
+    """Print the prompt and its continuation as it arises."""
+    pieces = predictor.stream(
+        spec.prompt, total_length=spec.total_length, sampling=spec, seed=spec.seed, stop_at_eot=spec.stop_at_eot
+    )
+    print(spec.prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def converse(predictor: Predictor, spec: InferenceSpec) -> None:
+    """Continue line after line. Ctrl-C ends a continuation, or at the prompt, like Ctrl-D, the conversation."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with suppress(ImportError):  # gives `input` its line editing, where Python was built with it
+            importlib.import_module("readline")
+        print("Type the beginning of a text. Ctrl-C stops a continuation, Ctrl-D ends.", file=sys.stderr)
+    for turn in range(sys.maxsize):
+        try:
+            prompt = input("> " if is_terminal else "")
+        except (EOFError, KeyboardInterrupt):
+            if is_terminal:
+                print()
+            return
+        try:
+            stream(predictor, replace(spec, prompt=prompt, seed=spec.seed + turn))
+        except UserError as error:
+            print(error, file=sys.stderr)
+        except KeyboardInterrupt:
+            print()
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", metavar="TEXT", help="the text to continue, whatever characters it has")
+    parser.add_argument("--interactive", action="store_true", help="continue what you type, line after line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per sample")
+
+
+COMMAND = Command(
+    name="transformerlm-infer",
+    summary="Continue a text with a trained model.",
+    schema=InferConfig,
+    default_config="infer",
+    run=run,
+    examples=(
+        '--checkpoint runs/quickstart --prompt "One day, Tom"',
+        "--config config/resources/infer.toml inference.num_samples=3 inference.temperature=0.7",
+        "--checkpoint runs/quickstart --interactive",
+    ),
+    useful=(
+        "inference.checkpoint",
+        "inference.prompt",
+        "inference.total_length",
+        "inference.num_samples",
+        "inference.temperature",
+        "inference.top_p",
+        "inference.seed",
+    ),
+    flags={"--checkpoint": "inference.checkpoint", "--device": "inference.device", "--seed": "inference.seed"},
+    add_arguments=_add_arguments,
+)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
