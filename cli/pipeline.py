@@ -7,6 +7,8 @@ that was interrupted goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -39,7 +41,9 @@ def run(loaded: Loaded[PipelineConfig], arguments: argparse.Namespace) -> int:
     )
     training = Loaded(train_config, loaded.origins, loaded.source)
     exit_code = train_model(training, root, force=arguments.force, verify=arguments.verify)
-    return exit_code or report(config, train_config)
+    if exit_code == 0:
+        report(train_config)
+    return exit_code
 
 
 def make_tokenizer(config: PipelineConfig, root: Path, *, force: bool, verify: bool) -> tuple[Path, Tokenizer]:
@@ -137,9 +141,77 @@ def train_model(loaded: Loaded[TrainConfig], root: Path, *, force: bool, verify:
     return EXIT_CODES[result.status]
 
 
-def report(config: PipelineConfig, train_config: TrainConfig) -> int:
-    """Evaluate the best checkpoint, show stories, and say where everything is."""
-    raise NotImplementedError
+def report(config: TrainConfig) -> None:
+    """Score the best checkpoint and tell stories with it, unless `summary.json` says it all; then show it."""
+    from cli.training import run_directory
+    from trainkit.run_directory import write_summary
+
+    directory = run_directory(config)
+    summary: dict[str, Any] = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    if "stories" not in summary:
+        if config.data.megatron_val_prefix:
+            summary |= _score(config, directory)
+        summary["stories"] = _tell_stories(config, directory)
+        write_summary(directory, summary)
+    if sys.stdout.isatty():
+        print(_describe(summary, directory), flush=True)
+    else:
+        print(json.dumps({"kind": "summary", "run": str(directory), **summary}), flush=True)
+
+
+def _describe(summary: dict[str, Any], directory: Path) -> str:
+    rows = [
+        ("val_loss", "loss", "{:.4f} nats per token"),
+        ("val_perplexity", "perplexity", "{:.3f}"),
+        ("val_bits_per_byte", "bits per byte", "{:.4f}"),
+        ("excess_ratio", "excess", "{:.1%} above the best loss that any model can reach"),
+    ]
+    lines = [f"{label:<15}{form.format(summary[name])}" for name, label, form in rows if name in summary]
+    for story in summary["stories"]:
+        lines += ["-" * 80, story]
+    lines += ["-" * 80, f"plots    {directory}/plots", f"samples  {directory}/samples.md"]
+    lines += [f"more     transformerlm-infer --checkpoint {directory} --interactive"]
+    return "\n".join(["", *lines])
+
+
+def _weights(config: TrainConfig) -> Literal["raw", "ema"]:
+    """What validation chose the best checkpoint by."""
+    return "ema" if config.training.ema_decay else "raw"
+
+
+def _score(config: TrainConfig, directory: Path) -> dict[str, Any]:
+    """What `transformerlm-eval` says of the best checkpoint."""
+    from cli.eval import evaluate_checkpoint
+    from config.schemas import CheckpointEvaluationSpec, RunEvaluationDataSpec
+
+    spec = CheckpointEvaluationSpec(
+        checkpoint=str(directory),
+        weights=_weights(config),
+        device=config.training.device,
+        **dataclasses.asdict(config.evaluation),
+    )
+    found = evaluate_checkpoint(spec, RunEvaluationDataSpec())
+    values = {
+        "val_loss": found.loss,
+        "val_perplexity": found.perplexity,
+        "val_bits_per_byte": found.bits_per_byte,
+        "val_documents": found.documents,
+    }
+    if found.grammar is not None:
+        values |= {"excess_ratio": found.grammar.excess, "excess_nats_per_story": found.grammar.excess_nats}
+        values |= {"excess_standard_error": found.grammar.standard_error}
+    return values
+
+
+def _tell_stories(config: TrainConfig, directory: Path) -> list[str]:
+    from transformerlm.inference.predictor import Predictor
+
+    predictor = Predictor.from_checkpoint(directory, device=config.training.device, weights=_weights(config))
+    settings = config.inference
+    texts = predictor.generate_batch(
+        settings.prompts, total_length=settings.total_length, sampling=settings, seed=config.run.seed
+    )
+    return [prompt + text for prompt, text in zip(settings.prompts, texts, strict=True)]
 
 
 def _say(stage: str, text: str) -> None:
@@ -155,7 +227,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 COMMAND = Command(
     name="transformerlm-pipeline",
     summary="From text to a trained model and its stories in one command: tokenizer, token files, training, "
-    "evaluation, samples. A stage whose result matches the configuration and its inputs is skipped; an interrupted run goes on.",
+    "evaluation, samples. A stage whose result matches the configuration and its inputs is skipped; an interrupted run "
+    "goes on.",
     schema=PipelineConfig,
     default_config="quickstart",
     run=run,
