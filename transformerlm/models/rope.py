@@ -41,7 +41,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rope(nn.Module):
-    """The tables of a model, built once and kept in at least 32 bits: 16-bit angles would blur distant positions.
+    """The tables of a model, built once and kept in at least 32 bits: rounded, they would turn by wrong angles.
 
     The table is no buffer: DDP need not broadcast it, checkpoints need not hold it, and `.to(torch.bfloat16)` must
     not round it. It follows the module to another device or type by being built anew there.
