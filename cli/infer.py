@@ -105,9 +105,9 @@ COMMAND = Command(
     default_config="infer",
     run=run,
     examples=(
-        '--checkpoint runs/quickstart --prompt "One day, Tom"',
+        '--ckpt runs/quickstart --prompt "One day, Tom"',
         "--config config/resources/infer.toml inference.num_samples=3 inference.temperature=0.7",
-        "--checkpoint runs/quickstart --interactive",
+        "--ckpt runs/quickstart --interactive",
     ),
     useful=(
         "inference.checkpoint",
@@ -118,7 +118,7 @@ COMMAND = Command(
         "inference.top_p",
         "inference.seed",
     ),
-    flags={"--checkpoint": "inference.checkpoint", "--device": "inference.device", "--seed": "inference.seed"},
+    flags={"--ckpt": "inference.checkpoint", "--device": "inference.device", "--seed": "inference.seed"},
     add_arguments=_add_arguments,
 )
 

@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(run: Path, *arguments: str) -> int:
-    return infer.main(["--checkpoint", str(run), "--device", "cpu", *LIMITS, *arguments])
+    return infer.main(["--ckpt", str(run), "--device", "cpu", *LIMITS, *arguments])
 
 
 def test_it_prints_the_prompt_and_its_continuation(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
