@@ -280,7 +280,7 @@ COMMAND = Command(
         "--ckpt runs/tinystories data.kind=files 'data.paths=[\"val.jsonl\"]'",
     ),
     useful=("evaluation.checkpoint", "evaluation.max_documents", "evaluation.batch_size", "data.kind"),
-    flags={"--ckpt": "evaluation.checkpoint", "--device": "evaluation.device"},
+    flags={"--ckpt": "evaluation.checkpoint", "--checkpoint": "evaluation.checkpoint", "--device": "evaluation.device"},
     add_arguments=_add_arguments,
 )
 

@@ -118,7 +118,12 @@ COMMAND = Command(
         "inference.top_p",
         "inference.seed",
     ),
-    flags={"--ckpt": "inference.checkpoint", "--device": "inference.device", "--seed": "inference.seed"},
+    flags={
+        "--ckpt": "inference.checkpoint",
+        "--checkpoint": "inference.checkpoint",
+        "--device": "inference.device",
+        "--seed": "inference.seed",
+    },
     add_arguments=_add_arguments,
 )
 
