@@ -1,34 +1,43 @@
 """The tokenizer: text or bytes to ids and back.
 
 Special tokens are found first and taken whole; what lies between is cut into pre-tokens, and each pre-token is merged
-by itself. Text repeats its words, so the ids of a pre-token are remembered: most of the work is one look-up a word.
+by itself. There are two ways to the same ids: plain Python for short texts (`plain.py`), and compiled kernels
+(`compiled_encoder.py`), which `readiness.py` loads once there is enough to encode.
 """
 
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from trainkit.artifacts import publish_directory
 from trainkit.errors import UserError
-from transformerlm.tokenizer import files
-from transformerlm.tokenizer.bpe import MergeTable, merge
-from transformerlm.tokenizer.pretokenizer import as_text, pretokenize, to_bytes
-from transformerlm.tokenizer.special_tokens import split_special
+from transformerlm.tokenizer import files, readiness
+from transformerlm.tokenizer.plain import PlainEncoder
+from transformerlm.tokenizer.special_tokens import SpecialTokens
 from transformerlm.tokenizer.specs import END_OF_TEXT, MASK, PAD
+from transformerlm.tokenizer.streams import batches, file_pieces
 from transformerlm.tokenizer.unicode_classes import UNICODE_VERSION
-from transformerlm.tokenizer.vocabulary import BYTES, Vocabulary, check_vocabulary
+from transformerlm.tokenizer.vocabulary import Vocabulary, check_vocabulary
 
-AllowedSpecial: TypeAlias = Literal["all", "none"] | Collection[str]
-"""Which special tokens are recognised in text; others are encoded as the plain characters they are written with."""
+if TYPE_CHECKING:
+    from transformerlm.tokenizer.compiled_encoder import CompiledDecoder, CompiledEncoder
+
+SpecialNames: TypeAlias = Literal["all", "none"] | Collection[str]
+"""Which special tokens. Those neither allowed nor disallowed are encoded as the plain characters they consist of."""
 
 Ids: TypeAlias = NDArray[np.uint16] | NDArray[np.uint32]
+
+KERNELS = "compiled_encoder"
+SHORT_TEXT = 200
+"""Characters, or ids, up to which calling a kernel costs more than the plain path."""
 
 
 class Tokenizer:
@@ -42,8 +51,9 @@ class Tokenizer:
         self.dtype: np.dtype[Any] = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.uint32)
         self._bytes_of_id = _bytes_of_id(vocabulary)
         self._is_used = np.array([bool(token) for token in self._bytes_of_id])
-        self._words = _WordCache(vocabulary)
+        self._plain = PlainEncoder(vocabulary)
         self._special_names = frozenset(vocabulary.special_tokens)
+        self._all_special = SpecialTokens(vocabulary.special_tokens, frozenset())
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
@@ -116,31 +126,86 @@ class Tokenizer:
             lengths[token_id] = len(token)
         return lengths
 
-    def encode(self, text: str | bytes, *, allowed_special: AllowedSpecial = "all") -> Ids:
+    def encode(
+        self,
+        text: str | bytes,
+        *,
+        allowed_special: SpecialNames = "all",
+        disallowed_special: SpecialNames = "none",
+        threads: int = 1,
+    ) -> Ids:
         """The ids of `text`: `uint16 [n]`, or `uint32 [n]` where the vocabulary needs it.
 
         Any bytes are accepted and come back from `decode_bytes`. Text from strangers should be encoded with
-        `allowed_special="none"`, else it can end the document.
+        `allowed_special="none"`, else it can end the document; a disallowed special token in it is a `UserError`.
+        A long text is shared among `threads` (0 = all cores), which does not change its ids.
         """
-        return np.fromiter(self._iterate_ids(text, allowed_special), dtype=self.dtype)
+        special = self._special(allowed_special, disallowed_special)
+        if len(text) <= SHORT_TEXT or not readiness.pays(KERNELS, len(text)):
+            return np.fromiter(self._plain.encode(text, special), dtype=self.dtype)
+        return self._compiled.encode(text, special, threads or num_cores())
 
-    def encode_batch(self, texts: Iterable[str | bytes], *, allowed_special: AllowedSpecial = "all") -> list[Ids]:
-        """The ids of each text."""
-        return list(self.encode_iterable(texts, allowed_special=allowed_special))
+    def encode_batch(
+        self,
+        texts: Iterable[str | bytes],
+        *,
+        allowed_special: SpecialNames = "all",
+        disallowed_special: SpecialNames = "none",
+        threads: int = 1,
+    ) -> list[Ids]:
+        """The ids of each text, as `encode` gives them."""
+        special = self._special(allowed_special, disallowed_special)
+        return list(self._encode_iterable(texts, special, threads))
 
     def encode_iterable(
-        self, texts: Iterable[str | bytes], *, allowed_special: AllowedSpecial = "all"
+        self,
+        texts: Iterable[str | bytes],
+        *,
+        allowed_special: SpecialNames = "all",
+        disallowed_special: SpecialNames = "none",
+        threads: int = 1,
     ) -> Iterator[Ids]:
-        """Yield the ids of each text as it comes; holds one text at a time."""
-        return (self.encode(text, allowed_special=allowed_special) for text in texts)
+        """Yield the ids of each text in order; a few megabytes of text are read ahead, and no more is held."""
+        return self._encode_iterable(texts, self._special(allowed_special, disallowed_special), threads)
 
-    def count(self, text: str | bytes, *, allowed_special: AllowedSpecial = "all") -> int:
-        """How many ids `text` has, in constant memory."""
-        return sum(1 for _ in self._iterate_ids(text, allowed_special))
+    def encode_files(
+        self,
+        paths: Iterable[Path | str],
+        *,
+        allowed_special: SpecialNames = "all",
+        disallowed_special: SpecialNames = "none",
+        threads: int = 1,
+    ) -> Iterator[Ids]:
+        """Yield the ids of the files, one file after the other, each in pieces of a few megabytes; no more is held."""
+        special = self._special(allowed_special, disallowed_special)
+        for path in paths:
+            yield from self._encode_iterable(file_pieces(path, special.names), special, threads)
+
+    def count(
+        self,
+        text: str | bytes,
+        *,
+        allowed_special: SpecialNames = "all",
+        disallowed_special: SpecialNames = "none",
+        threads: int = 1,
+    ) -> int:
+        """How many ids `text` has."""
+        return len(
+            self.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special, threads=threads)
+        )
 
     def decode_bytes(self, ids: ArrayLike) -> bytes:
         """The bytes that `ids` (integers, one dimension) stand for; special tokens as they are written."""
-        return b"".join(map(self._bytes_of_id.__getitem__, self._checked(ids)))
+        row = _as_row(ids)
+        if row.size > SHORT_TEXT and readiness.pays(KERNELS, row.size):
+            decoded = self._compiled_decoder.decode(row)
+            if decoded is not None:
+                return decoded
+        return b"".join(map(self._bytes_of_id.__getitem__, self._checked(row)))
+
+    def decode_batch(self, rows: Iterable[ArrayLike], errors: str = "replace") -> list[str]:
+        """The text of each row of ids."""
+        return [self.decode(ids, errors) for ids in rows]
 
     def decode(self, ids: ArrayLike, errors: str = "replace") -> str:
         """The text that `ids` stand for; `errors` as in `bytes.decode`, for ids that do not make valid UTF-8."""
@@ -164,43 +229,52 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, special_tokens={self.special_tokens})"
 
-    def _iterate_ids(self, text: str | bytes, allowed_special: AllowedSpecial) -> Iterator[int]:
-        return chain.from_iterable(self._iterate_runs(as_text(text), self._names(allowed_special)))
+    def _encode_iterable(self, texts: Iterable[str | bytes], special: SpecialTokens, threads: int) -> Iterator[Ids]:
+        for batch in batches(texts):
+            if readiness.pays(KERNELS, sum(map(len, batch))):
+                yield from self._compiled.encode_batch(batch, special, threads or num_cores())
+            else:
+                for text in batch:
+                    yield np.fromiter(self._plain.encode(text, special), dtype=self.dtype)
 
-    def _iterate_runs(self, text: str, special_names: frozenset[str]) -> Iterator[Iterable[int]]:
-        for start, end, special in split_special(text, special_names):
-            for words in pretokenize(text, start, end):
-                yield chain.from_iterable(map(self._words.__getitem__, words))
-            if special:
-                yield (self.vocabulary.special_tokens[special],)
+    @cached_property
+    def _compiled(self) -> CompiledEncoder:
+        return readiness.load(KERNELS).CompiledEncoder(self.vocabulary, self.dtype)
 
-    def _names(self, allowed: AllowedSpecial) -> frozenset[str]:
-        if isinstance(allowed, str):
-            if allowed not in ("all", "none"):
-                raise UserError(f"allowed_special is {allowed!r}; it must be 'all', 'none' or a set of special tokens")
-            return self._special_names if allowed == "all" else frozenset()
-        if unknown := sorted(set(allowed) - self._special_names):
+    @cached_property
+    def _compiled_decoder(self) -> CompiledDecoder:
+        return readiness.load(KERNELS).CompiledDecoder(self._bytes_of_id)
+
+    def _special(self, allowed: SpecialNames, disallowed: SpecialNames) -> SpecialTokens:
+        if allowed == "all" and disallowed == "none":
+            return self._all_special
+        forbidden = self._names(disallowed, "disallowed_special")
+        wanted = self._names(allowed, "allowed_special") | forbidden
+        ids = {name: number for name, number in self.vocabulary.special_tokens.items() if name in wanted}
+        return SpecialTokens(ids, forbidden)
+
+    def _names(self, names: SpecialNames, argument: str) -> frozenset[str]:
+        if isinstance(names, str):
+            if names not in ("all", "none"):
+                raise UserError(f"{argument} is {names!r}; it must be 'all', 'none' or a set of special tokens")
+            return self._special_names if names == "all" else frozenset()
+        if unknown := sorted(set(names) - self._special_names):
             known = ", ".join(self.vocabulary.special_tokens) or "none"
             raise UserError(f"{unknown[0]!r} is not a special token; known are {known}")
-        return frozenset(allowed)
+        return frozenset(names)
 
     def _special_id(self, name: str) -> int:
         if name not in self.vocabulary.special_tokens:
             raise UserError(f"the tokenizer has no {name} token; add it with with_special_tokens, or train it with one")
         return self.vocabulary.special_tokens[name]
 
-    def _checked(self, ids: ArrayLike) -> list[int]:
-        array = np.asarray(ids)
-        if array.size == 0:
-            return []
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise UserError(f"ids to decode must be one row of integers, not {array.dtype} of shape {array.shape}")
+    def _checked(self, row: NDArray[Any]) -> list[int]:
         # A negative index would silently count from the end.
-        outside = array[(array < 0) | (array >= self.vocab_size)]
-        unknown = outside if outside.size else array[~self._is_used[array]]
+        outside = row[(row < 0) | (row >= self.vocab_size)]
+        unknown = outside if outside.size else row[~self._is_used[row]]
         if unknown.size:
             raise UserError(f"the id {unknown[0]} is not in the vocabulary, whose ids are below {self.vocab_size}")
-        return array.tolist()
+        return row.tolist()
 
 
 class IncrementalDecoder:
@@ -219,30 +293,18 @@ class IncrementalDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-class _WordCache(dict[str, tuple[int, ...]]):
-    """Pre-token to ids: filled by merging on a miss, emptied when it is full."""
-
-    LARGEST_SIZE = 1 << 18
-    LONGEST_WORD = 64
-    """Longer pre-tokens hardly ever repeat, and would make the memory of a full cache depend on the text."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        super().__init__()
-        self._id_of_byte = [vocabulary.tokens[token] for token in BYTES]
-        self._merges = _merge_table(vocabulary)
-
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = tuple(merge([self._id_of_byte[value] for value in to_bytes(word)], self._merges))
-        if len(word) <= self.LONGEST_WORD:
-            if len(self) >= self.LARGEST_SIZE:
-                self.clear()
-            self[word] = ids
-        return ids
+def _as_row(ids: ArrayLike) -> NDArray[Any]:
+    row = np.asarray(ids)
+    if row.size == 0:
+        return np.empty(0, np.int64)
+    if row.ndim != 1 or row.dtype.kind not in "iu":
+        raise UserError(f"ids to decode must be one row of integers, not {row.dtype} of shape {row.shape}")
+    return row
 
 
-def _merge_table(vocabulary: Vocabulary) -> MergeTable:
-    ids = vocabulary.tokens
-    return {(ids[left], ids[right]): (rank, ids[left + right]) for rank, (left, right) in enumerate(vocabulary.merges)}
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _bytes_of_id(vocabulary: Vocabulary) -> list[bytes]:

@@ -1,0 +1,106 @@
+"""When the compiled kernels are loaded, and where they are kept. Importing this file imports no Numba.
+
+Numba takes half a second to import, and the first compilation on a machine takes much longer. A text of a few words
+should not wait for either: the plain path encodes it in microseconds, with the same ids. So the kernels are loaded once
+a process has given the plain path as much work as loading them costs. Whatever is still to come, that takes at most
+twice the time of the better choice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from threading import RLock
+from types import ModuleType
+from typing import Any
+
+KERNELS = Path(__file__).parent / "kernels"
+
+LOADING_COST = 2 << 20
+"""Bytes that the plain path encodes in the time in which compiled kernels are loaded from disk."""
+COMPILATION_COST = 32 << 20
+"""The same for their first compilation."""
+
+_lock = RLock()
+_loaded: dict[str, ModuleType] = {}
+_plain_work: dict[str, int] = {}
+
+
+def pays(name: str, work: int) -> bool:
+    """Whether `load(name)` costs less than what `work`, in bytes of text, and all before it would have cost without."""
+    if name in _loaded:
+        return True
+    with _lock:
+        _plain_work[name] = _plain_work.get(name, 0) + work
+        return _plain_work[name] >= (LOADING_COST if _marker(name).exists() else COMPILATION_COST)
+
+
+def load(name: str) -> ModuleType:
+    """The module `transformerlm.tokenizer.<name>`, its kernels loaded or, where they have never been, compiled."""
+    with _lock:
+        if name not in _loaded:
+            with _numba_cache():
+                module = importlib.import_module(f"transformerlm.tokenizer.{name}")
+            if not _marker(name).exists():
+                place = cache_directory()
+                print(f"compiling the tokenizer's kernels, once on this machine; kept in {place}", file=sys.stderr)
+                module.warm_up()
+                _marker(name).touch()
+            _loaded[name] = module
+        return _loaded[name]
+
+
+@cache
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: in `NUMBA_CACHE_DIR`, else in the user's cache; the package may be read-only.
+
+    Numba notices a change only in the file of the function that it loads, not in the functions which that one calls. So
+    the folder's name is a hash of all kernels.
+    """
+    digest = hashlib.sha256(sys.version.encode())
+    for path in sorted(KERNELS.glob("*.py")):
+        digest.update(path.read_bytes())
+    directory = _cache_home() / f"tokenizer-{digest.hexdigest()[:16]}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError:  # compiled anew by each process, which is still better than not at all
+        directory = Path(tempfile.mkdtemp(prefix="tokenizer-kernels-"))
+    return directory
+
+
+def _cache_home() -> Path:
+    if place := os.environ.get("NUMBA_CACHE_DIR"):
+        return Path(place)
+    if sys.platform == "win32":
+        home = Path(os.environ.get("LOCALAPPDATA") or tempfile.gettempdir())
+    elif sys.platform == "darwin":
+        home = Path("~/Library/Caches").expanduser()
+    else:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return home / "transformerlm"
+
+
+def _marker(name: str) -> Path:
+    """Exists once all kernels of `name` have been compiled."""
+    return cache_directory() / f"{name}.compiled"
+
+
+@contextmanager
+def _numba_cache() -> Generator[None]:
+    """Let the functions that are decorated meanwhile use our directory; those of other packages keep theirs."""
+    config: Any = importlib.import_module("numba.core.config")
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(cache_directory())
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
