@@ -23,15 +23,24 @@ def test_an_interpolated_5_gram_is_far_above_the_entropy() -> None:
     assert len(ids) < 1 << BITS
 
     # The best of several discounts, chosen on the test set itself: the n-gram gets every advantage.
-    loss = min(kneser_ney(train, test, num_words=len(ids), discount=d) for d in (0.3, 0.5, 0.7, 0.9)) / NUM_TEST
+    losses = -np.log(kneser_ney(train, test, len(ids), discounts=np.array([0.5, 0.7, 0.8, 0.9]))).sum(axis=1) / NUM_TEST
     truth = -sum(map(log_prob, held_out)) / NUM_TEST
 
     assert truth == pytest.approx(entropy(), rel=0.02)
-    assert loss > 1.4 * truth
+    assert losses.min() > 1.4 * truth
+
+
+def test_the_5_gram_is_a_distribution() -> None:
+    ids: dict[str, int] = {}
+    train = encode([sample(0, i) for i in range(50)], ids)
+    history = train[np.array([4, 1000]), :-1].repeat(len(ids), axis=0)
+    every_word = np.tile(np.arange(len(ids)), 2)[:, None]
+    probability = kneser_ney(train, np.hstack([history, every_word]), len(ids), discounts=np.array([0.5, 0.9]))
+    np.testing.assert_allclose(probability.reshape(4, -1).sum(axis=1), 1)
 
 
 def encode(stories: list[str], ids: dict[str, int]) -> np.ndarray:
-    """Windows of five word ids, int64 [positions, 5]. A word keeps the space before it, so that no text is free of charge."""
+    """Windows of five word ids, int64 [positions, 5]. A word keeps the space before it, so that no text is free."""
     pad = ids.setdefault("<pad>", 0)
     windows: list[np.ndarray] = []
     for story in stories:
@@ -53,27 +62,29 @@ class Table:
         return np.where(self.keys[at] == keys, self.numbers[at], 0)
 
 
-def kneser_ney(train: np.ndarray, test: np.ndarray, *, num_words: int, discount: float) -> float:
-    """Nats of all test positions under interpolated Kneser-Ney (Chen & Goodman 1998, equation 4.23 and below)."""
-    probability = np.full(len(test), 1 / num_words)
-    for order in range(1, ORDER + 1):
-        # The highest order counts occurrences; a lower one counts the distinct words that precede its n-gram.
-        grams = pack(train[:, -order:]) if order == ORDER else pack(np.unique(pack(train[:, -order - 1 :])), order)
-        count = Table(*np.unique(grams, return_counts=True))
-        contexts, first, following = np.unique(count.keys >> BITS, return_index=True, return_counts=True)
+def kneser_ney(train: np.ndarray, test: np.ndarray, num_words: int, discounts: np.ndarray) -> np.ndarray:
+    """Interpolated Kneser-Ney probabilities, float64 [discounts, test positions] (Chen & Goodman 1998, section 2.7)."""
+    # The highest order counts occurrences; each lower one counts the distinct words that precede its n-grams.
+    tables = [Table(*np.unique(pack(train), return_counts=True))]
+    for order in range(ORDER - 1, 0, -1):
+        tables.append(Table(*np.unique(suffix(tables[-1].keys, order), return_counts=True)))
+
+    probability = np.full((len(discounts), len(test)), 1 / num_words)
+    for order, count in enumerate(reversed(tables), start=1):
+        contexts, first, kinds = np.unique(count.keys >> BITS, return_index=True, return_counts=True)
         total = Table(contexts, np.add.reduceat(count.numbers, first))
-        kinds = Table(contexts, following)
-
-        key = pack(test[:, -order:])
-        seen = total(key >> BITS)
-        backed_off = discount * kinds(key >> BITS) * probability
-        interpolated = (np.maximum(count(key) - discount, 0) + backed_off) / np.maximum(seen, 1)
-        probability = np.where(seen > 0, interpolated, probability)
-    return float(-np.log(probability).sum())
+        key = suffix(pack(test), order)
+        seen, different = total(key >> BITS), Table(contexts, kinds)(key >> BITS)
+        discounted = np.maximum(count(key) - discounts[:, None], 0) + discounts[:, None] * different * probability
+        probability = np.where(seen > 0, discounted / np.maximum(seen, 1), probability)
+    return probability
 
 
-def pack(grams: np.ndarray, order: int | None = None) -> np.ndarray:
-    """One integer per n-gram, its last word in the low bits; of packed n-grams, the last `order` words."""
-    if order is not None:
-        return grams & ((1 << BITS * order) - 1)
+def pack(grams: np.ndarray) -> np.ndarray:
+    """One integer per n-gram, its last word in the low bits."""
     return (grams << BITS * np.arange(grams.shape[1] - 1, -1, -1)).sum(axis=1)
+
+
+def suffix(packed: np.ndarray, order: int) -> np.ndarray:
+    """The last `order` words of packed n-grams."""
+    return packed & ((1 << BITS * order) - 1)

@@ -141,7 +141,11 @@ def test_samples_follow_the_distribution() -> None:
 
 def test_samples_are_the_same_everywhere() -> None:
     grammar = compiled(RULES)
-    assert [grammar.sample(key) for key in (b"0", b"1", b"2")] == []
+    assert [grammar.sample(key) for key in (b"0", b"1", b"2")] == [
+        "A girl, Ann, had a red ball. she laughed.",
+        "A girl, Anna, had a red ball. she lost the ball, so Anna cried.",
+        "A girl, Ann, had an owl. she laughed.",
+    ]
 
 
 def test_a_word_selects_outcomes_in_proportion_to_their_weights() -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from functools import cache
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -104,7 +105,7 @@ def test_entities_persist_through_the_story() -> None:
         words = re.findall(r"\w+", story)
         hero = next(word for word in words if word in NAMES)
         at = [position for position, word in enumerate(words) if word == hero]
-        assert max(later - earlier for earlier, later in zip(at, at[1:], strict=False)) > 5
+        assert max(later - earlier for earlier, later in pairwise(at)) > 5
         assert at[-1] - at[0] > 30
 
 
@@ -131,8 +132,9 @@ def test_the_entries_of_a_slot_differ() -> None:
 def test_the_english_is_sound() -> None:
     for story in some_stories():
         assert story == story.strip()
-        assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]| [,.!?]|\s\s(?<!\n\n)|[.,!?]{2}", story), story
-        assert not re.search(r"(?:^|[.!?] |\n)[\"a-z]?(?<=[a-z])", story), story
+        assert not re.search(r"\b[Aa] (?!uku|uni|use)[aeiou]|\b[Aa]n (?!honest)[^aeiou]", story), story
+        assert not re.search(r" [,.!?]|  | \n|\n\n\n|[.,!?]{2}|[^ \n]\"\w", story), story
+        assert not re.search(r"(?:^|\n|[.!?] )\"?[a-z]", story), story
         for paragraph in story.split("\n\n"):
             assert paragraph.count('"') % 2 == 0, story
             assert re.search(r'[.!?]"?$', paragraph), story

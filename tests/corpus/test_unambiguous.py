@@ -1,9 +1,9 @@
 """A proof that no story has two derivations, without listing stories.
 
-Two derivations of one text part at some decision and agree on the text from there on. So we follow each pair of outcomes
-of each decision for as long as the text of one can be a prefix of the other's. If every pair falls out before the two meet
-again in one state with equal text, each text has one derivation. The search is on the safe side: it knows no facts, and
-lets each mention of a slot be any of its entries.
+Two derivations of one text part at some decision and agree on the text from there on. So we follow each pair of
+outcomes of each decision for as long as the text of one can be a prefix of the other's. If every pair falls out before
+the two meet again in one state with equal text, each text has one derivation. The search is on the safe side: it knows
+no facts, and lets each mention of a slot be any of its entries.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def branches(state: Any) -> Iterator[Branch]:
 
 
 def decisions(grammar: Grammar) -> list[State]:
-    """The states that can have something to decide: choices, and mentions of a slot that is not settled on every way there."""
+    """The states that can have something to decide: choices, and mentions of a slot that may still be open there."""
     settled: dict[State, set[str]] = {grammar.start: set()}
     for state in grammar.states:
         here = settled[state] | ({state.slot.name} if isinstance(state, Mention) else set())
@@ -83,7 +83,7 @@ def test_no_story_has_two_derivations() -> None:
         ({"s": {"[x][x]": 1}, "x": {"a": 1, "aa": 1}}, True),
         ({"s": {"the {animal}[x]": 1}, "x": {" ran": 1, "s ran": 1}}, True),
         ({"s": {"the {animal} sat. [x]": 1}, "x": {"The {animal} slept.": 1, "The {animal} ate.": 1}}, False),
-        # On the safe side: the second sentence would tell them apart, but only a search that knows the facts can see it.
+        # On the safe side: the second sentence tells them apart, but only a search that knows the facts can see it.
         ({"s": {"the {animal.kind} sat. The {animal} slept.": 1}}, True),
     ],
 )

@@ -1,10 +1,10 @@
 """A small formalism for texts with facts: one graph that is sampled, parsed and summed over.
 
 A grammar is written as *rules* and *slots*. A rule maps templates to integer weights; in a template `[rule]` expands a
-rule and `{slot.form}` mentions a slot. A slot draws its entry where it is first mentioned and repeats it ever after: that
-is how a character keeps her name, and what an n-gram cannot see. An entry is a mapping of forms, so `{hero}`, `{hero.they}`
-and `{hero.Their}` agree by construction. A slot may depend on a form of another one (`given`), so that the hiding places
-of a lake are wet.
+rule and `{slot.form}` mentions a slot. A slot draws its entry where it is first mentioned and repeats it ever after:
+that is how a character keeps her name, and what an n-gram cannot see. An entry is a mapping of forms, so `{hero}`,
+`{hero.they}` and `{hero.Their}` agree by construction. A slot may depend on a form of another one (`given`), so that
+the hiding places of a lake are wet.
 
 The rules compile to an acyclic graph of states. Each state says two things, and they are the grammar's whole meaning:
 which `decision` it takes in the light of the facts so far, and how it `advance`s once the outcome is known. Sampling
@@ -66,7 +66,7 @@ CERTAIN: Weighted[Any] = Weighted((None,), (1,))
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A role in the story. `given = (slot, form)` names the fact that selects the table; without it there is one, ""."""
+    """A role in the story. `given = (slot, form)` names the fact that selects the table; without it, "" does."""
 
     name: str
     tables: Mapping[str, Weighted[Entry]]
@@ -156,7 +156,7 @@ class Grammar:
     start: State
 
     def sample(self, key: bytes) -> str:
-        """The text that `key` selects: a pure function, because all its random bits are one SHAKE-128 stream of the key."""
+        """The text that `key` selects: a pure function, since all random bits are one SHAKE-128 stream of the key."""
         words = iter(struct.unpack(f"<{self.most_decisions}Q", shake_128(key).digest(8 * self.most_decisions)))
         said: list[str] = []
         state, facts = self.start, _EMPTY
@@ -191,9 +191,10 @@ class Grammar:
     ) -> float:
         """Sum over all texts at once, exactly, without listing them.
 
-        The value of a text is the sum of `of_text` over its pieces; `of_decision(log_probs, values)` joins the values of a
-        decision's outcomes. States that meet again with equal *relevant* facts share their value: what matters of a fact
-        is how its later mentions count, and whether a later draw depends on it. So 10^50 stories take a few thousand sums.
+        The value of a text is the sum of `of_text` over its pieces; `of_decision(log_probs, values)` joins the values
+        of a decision's outcomes. States that meet again with equal *relevant* facts share their value: what matters of
+        a fact is how its later mentions count, and whether a later draw depends on it. So 10^50 stories take a few
+        thousand sums.
         """
         memo: dict[Any, float] = {}
 
@@ -233,7 +234,7 @@ class Grammar:
 
     @cached_property
     def collision_entropy(self) -> float:
-        """Rényi entropy of order 2 in nats: two independent texts are equal with probability exp(-collision_entropy)."""
+        """Rényi entropy of order 2 in nats: two independent texts are equal with probability exp(-this)."""
         return -self.fold(
             lambda _: 0.0, lambda logs, values: _log_sum_exp([2 * p + v for p, v in zip(logs, values, strict=True)])
         )
@@ -275,7 +276,7 @@ class Grammar:
 
     @cached_property
     def _relevant(self) -> dict[State, tuple[_Forms, _Forms]]:
-        """For each state, the forms of facts that text from there on repeats, and those that draws from there on depend on."""
+        """For each state, the forms of facts that later text repeats, and those that later draws depend on."""
         relevant: dict[State, tuple[_Forms, _Forms]] = {None: ((), ())}
         for state in reversed(self.states):
             mentions = {form for then in _following(state) for form in relevant[then][0]}

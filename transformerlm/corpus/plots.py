@@ -2,7 +2,8 @@
 
 How they are written, for whoever adds one:
 
-- A slot is drawn where it is first mentioned. All templates of a rule settle the same facts, unless nothing later uses them.
+- A slot is drawn where it is first mentioned. All templates of a rule settle the same facts, unless nothing later uses
+  them.
 - Templates of one rule must differ before they end, so that a text has one derivation; a test proves it.
 - Facts come back far from where they were settled (more than five words), and only in the order that the plot dictates.
 - Names never follow a quotation mark or a line break, so that a byte-level tokenizer sees each in one spelling.
@@ -26,12 +27,12 @@ RULES: Rules = {
     },
     # What every story shares.
     "opening": {
-        "Once upon a time, {trait.a}, {look} {kind} named {hero} lived in {size.a} {home} near the {landmark} with {coat.a}"
-        " {species} called {pet}.": 4,
+        "Once upon a time, {trait.a}, {look} {kind} named {hero} lived in {size.a} {home} near the {landmark} with"
+        " {coat.a} {species} called {pet}.": 4,
         "There once was {trait.a}, {look} {kind} called {hero} in {size.a} {home} near the {landmark}."
         " {hero.They} had {coat.a} {species} named {pet}.": 3,
-        "In {size.a} {home} near the {landmark} lived {trait.a}, {look} {kind} named {hero}. {hero.Their} best friend was"
-        " {coat.a} {species} called {pet}.": 2,
+        "In {size.a} {home} near the {landmark} lived {trait.a}, {look} {kind} named {hero}. {hero.Their} best friend"
+        " was {coat.a} {species} called {pet}.": 2,
     },
     "habit": {
         "{hero} [loved] to {hobby}, and {pet} [loved] {treat}.": 3,
@@ -188,7 +189,8 @@ RULES: Rules = {
         "So they brought {need} from the {place} by {vehicle}.": 2,
     },
     "garden.bloom": {
-        "Soon {number} {flower.plural} stood in the {quality} {container}, and {hero.their} {relative} was [very] {glad}.": 3,
+        "Soon {number} {flower.plural} stood in the {quality} {container}, and {hero.their} {relative} was [very]"
+        " {glad}.": 3,
         "Later {hero} had {number} {flower.plural} and gave one to {title} {surname}, who was [very] {glad}.": 2,
     },
     # An old map leads to a treasure, which is shared.

@@ -1,10 +1,11 @@
 """Children's stories whose true probability is known.
 
-`sample` tells a story, `log_prob` says how likely the grammar was to tell exactly that one, and `entropy` is the mean of
-its negative: the loss that no model can beat. What separates a model from it is the model's own distance from the truth.
+`sample` tells a story, `log_prob` says how likely the grammar was to tell exactly that one, and `entropy` is the mean
+of its negative: the loss that no model can beat. What separates a model from it is the model's own distance from the
+truth.
 
-Training and validation stories come from the same grammar with different seeds (`split_seed`). Two stories are equal with
-probability `exp(-collision_entropy())`, below 1e-30: a split needs no deduplication.
+Training and validation stories come from the same grammar with different seeds (`split_seed`). Two stories are equal
+with probability `exp(-collision_entropy())`, below 1e-30: a split needs no deduplication.
 """
 
 from __future__ import annotations

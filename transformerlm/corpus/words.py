@@ -1,7 +1,8 @@
 """The words of the stories, as slots: what can be drawn, in which forms, how often, and what depends on what.
 
-Lists are in order of frequency. Their weights fall off gently (a shifted Zipf law): a first mention is surprising, so that
-remembering it pays, and still the last word of a list is seen often enough to be learned from some ten thousand stories.
+Lists are in order of frequency. Their weights fall off gently (a shifted Zipf law): a first mention is surprising, so
+that remembering it pays, and still the last word of a list is seen often enough to be learned from some ten thousand
+stories.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def he(it: str) -> Entry:
 
 
 def ranked(entries: Iterable[Entry]) -> Weighted[Entry]:
-    """A distribution whose weights fall with the rank: the first of 40 words is about five times as likely as the last."""
+    """A distribution whose weights fall with the rank: of 40, the first is about five times as likely as the last."""
     outcomes = tuple(entries)
     return Weighted(outcomes, tuple(10_000 // (rank + 10) for rank in range(len(outcomes))))
 
@@ -207,7 +208,8 @@ SLOTS: dict[str, Slot] = {
         # Things that are wanted, lost, worn, given and eaten.
         _slot(
             "color",
-            """red blue green yellow purple orange pink white black silver golden turquoise crimson violet scarlet ivory""",
+            """red blue green yellow purple orange pink white black silver golden turquoise crimson violet scarlet
+                ivory""",
         ),
         _slot(
             "toy",
@@ -234,11 +236,13 @@ SLOTS: dict[str, Slot] = {
         ),
         _slot(
             "moved",
-            """walked ran hurried skipped hopped marched raced strolled wandered jogged tiptoed galloped dashed trotted""",
+            """walked ran hurried skipped hopped marched raced strolled wandered jogged tiptoed galloped dashed
+                trotted""",
         ),
         _slot(
             "sad",
-            """sad worried upset lonely gloomy unhappy nervous tired hopeless miserable troubled cross anxious ashamed""",
+            """sad worried upset lonely gloomy unhappy nervous tired hopeless miserable troubled cross anxious
+                ashamed""",
         ),
         _slot(
             "quality",
@@ -290,7 +294,8 @@ SLOTS: dict[str, Slot] = {
         _slot("prize", "medal cup trophy badge rosette sash star globe shield plate banner vase"),
         _slot(
             "flower",
-            "rose tulip daisy sunflower lily poppy daffodil orchid pansy iris marigold lavender bluebell peony snowdrop dahlia",
+            """rose tulip daisy sunflower lily poppy daffodil orchid pansy iris marigold lavender bluebell peony
+                snowdrop dahlia""",
             noun,
         ),
         _slot("need", "water compost mulch ash clay rainwater moss straw peat loam"),
