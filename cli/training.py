@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -20,12 +20,12 @@ from trainkit.checkpoints import CheckpointStore, find_newest_intact, load_snaps
 from trainkit.data.megatron import IndexedTokens
 from trainkit.data.prefetch import prefetch
 from trainkit.data.windows import MegatronSource
-from trainkit.distribution import World, open_world, sum_over_ranks, wait_for_all, widest_float
+from trainkit.distribution import World, choose_device, open_world, sum_over_ranks, wait_for_all, widest_float
 from trainkit.errors import EXIT_NON_FINITE, EXIT_REQUEUE, UserError
 from trainkit.interrupts import Interrupts, catch_interrupts
 from trainkit.logging.run_log import FileLog, NullLog, open_run_log
 from trainkit.loop import DataState, Result, Run, samples_per_step, train
-from trainkit.precision import autocast_context
+from trainkit.precision import autocast_context, resolve_precision
 from trainkit.run_directory import (
     MAY_CHANGE,
     Status,
@@ -65,6 +65,7 @@ def run_directory(config: TrainConfig) -> Path:
 
 def train_from_config(config: TrainConfig, *, config_toml: str | None = None, resume: bool = False) -> Result:
     """Train (or go on training) the run that `config` describes; every rank calls it."""
+    config = for_this_machine(config)
     ingredients = open_ingredients(config)
     with open_world(config.training) as world, catch_interrupts() as interrupts:
         directory = run_directory(config)
@@ -75,6 +76,14 @@ def train_from_config(config: TrainConfig, *, config_toml: str | None = None, re
             result = _train(ingredients, directory, world, interrupts)
             report(result)
     return result
+
+
+def for_this_machine(config: TrainConfig) -> TrainConfig:
+    """The configuration with `auto` replaced where it decides about numbers: a run must not change them unnoticed when
+    it resumes on another machine."""
+    device = choose_device(config.training.device, local_rank=0)
+    precision = resolve_precision(config.training.precision, device)
+    return config.model_copy(update={"training": replace(config.training, precision=precision)})
 
 
 def open_ingredients(config: TrainConfig) -> Ingredients:
@@ -266,7 +275,8 @@ def is_finished(directory: Path, config: TrainConfig) -> bool:
         old = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return not changed_settings(old, json.loads(json.dumps(resolved(config))), MAY_CHANGE)
+    new = json.loads(json.dumps(resolved(for_this_machine(config))))
+    return not changed_settings(old, new, MAY_CHANGE)
 
 
 def set_aside(directory: Path) -> None:

@@ -9,14 +9,30 @@ gradient overflows are skipped by the scaler; `bf16` needs none of that.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
 
 from trainkit.specs import Precision
 
 
+def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """What `auto` means on this device; any other name is itself."""
+    if precision != "auto":
+        return precision
+    match device.type:
+        case "cuda":
+            is_native = torch.cuda.get_device_capability(device) >= (8, 0)
+        case "cpu":
+            # Without tiles, 16-bit products are emulated: slower than 32-bit ones.
+            is_native = torch.cpu._is_amx_tile_supported()
+        case _:
+            is_native = False
+    return "bf16" if is_native else "fp32"
+
+
 def autocast_context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    match precision:
+    match resolve_precision(precision, device):
         case "fp32":
             return nullcontext()
         case "bf16":

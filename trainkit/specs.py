@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class TrainingSpec:
     gradient_clip: Annotated[float, Ge(0)] = 1.0
     """Largest global L2 norm of the gradient; 0 does not clip."""
     precision: Precision = "fp32"
-    """Type of the forward and backward arithmetic. Weights, gradients and optimizer state stay in 32-bit floats."""
+    """Type of the forward and backward arithmetic; weights, gradients and optimizer state stay in 32-bit floats. `auto`
+    is `bf16` where the processor multiplies it natively (NVIDIA from Ampere on, Intel with AMX), else `fp32`."""
     compile: bool = False
     """Run the model through `torch.compile`."""
     deterministic: bool = False

@@ -19,6 +19,7 @@ from trainkit.checkpoints import CheckpointStore, find_newest_intact, list_check
 from trainkit.distribution import World
 from trainkit.errors import UserError
 from trainkit.loop import Result, Run, samples_per_step, train
+from trainkit.precision import resolve_precision
 from trainkit.specs import AdamWSpec, CheckpointSpec, CosineScheduleSpec, TrainingSpec
 from trainkit.task import Batch, Loss, RunFacts, Task
 
@@ -217,3 +218,11 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path: Path) -> None:
     result = train(make_run(tmp_path, log), resume=newest(tmp_path))
     assert (result.status, result.step, log.records) == ("finished", 30, [])
     assert sha(tmp_path) == before
+
+
+def test_auto_precision_is_a_concrete_one_and_names_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for has_tiles, name in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=has_tiles: answer)
+        assert resolve_precision("auto", cpu) == name
+        assert [resolve_precision(p, cpu) for p in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
