@@ -97,6 +97,18 @@ def test_a_stop_ends_its_prompt_only() -> None:
     assert len(list(generate(model, [PROMPTS[0]], max_new_tokens=20, stop_id=stop_id))) == free[0].index(stop_id) + 1
 
 
+def test_the_end_is_no_repetition() -> None:
+    """Prompts begin with the end-of-text id: a penalty on it would make every text longer."""
+    model, stop_id = small_model(), 7
+    penalized = SamplingSpec(repetition_penalty=1e6, temperature=0.0)
+    with torch.no_grad():
+        model.embedding.weight[stop_id] *= 100.0  # by far the most likely after itself
+    assert columns(list(generate(model, [[stop_id]], max_new_tokens=3, sampling=penalized, stop_id=stop_id))) == [
+        [stop_id]
+    ]
+    assert columns(list(generate(model, [[stop_id]], max_new_tokens=1, sampling=penalized))) != [[stop_id]]
+
+
 def test_banned_ids_and_padded_ids_never_appear() -> None:
     model = small_model()
     banned = torch.zeros(VOCAB, dtype=torch.bool)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformerlm.inference.sampling import adjusted_log_probs, invert_cumulative, sample_tokens
 from transformerlm.inference.specs import SamplingSpec
 
-logit_rows = st.lists(st.sampled_from([-math.inf, -3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 4.5]), min_size=2, max_size=9)
+logit_rows = st.lists(st.sampled_from([-math.inf, *(k / 8 for k in range(-24, 25))]), min_size=2, max_size=9)
 
 
 def brute_force(logits: list[float], spec: SamplingSpec, seen: list[bool]) -> list[float]:
@@ -48,8 +48,8 @@ def brute_force(logits: list[float], spec: SamplingSpec, seen: list[bool]) -> li
     logits=logit_rows.filter(lambda row: max(row) > -math.inf),
     temperature=st.sampled_from([0.3, 1.0, 2.5]),
     top_k=st.integers(0, 10),
-    top_p=st.sampled_from([0.05, 0.35, 0.77, 0.93, 1.0]),
-    min_p=st.sampled_from([0.0, 0.07, 0.33, 1.0]),
+    top_p=st.one_of(st.just(1.0), st.floats(0.01, 1.0)),
+    min_p=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.0, 1.0)),
     penalty=st.sampled_from([1.0, 1.7, 0.6]),
     data=st.data(),
 )
@@ -104,6 +104,12 @@ def test_impossible_ids_are_never_taken() -> None:
     probs = torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.0]], dtype=torch.float64).expand(4, -1)
     numbers = torch.tensor([[0.0], [2 / 3 - 1e-12], [2 / 3 + 1e-12], [1 - 2**-53]], dtype=torch.float64)
     assert invert_cumulative(probs, numbers).tolist() == [1, 1, 3, 3]
+
+
+@given(st.lists(st.floats(1e-300, 1e300), min_size=1, max_size=20))
+def test_the_largest_number_stays_within_the_vocabulary(weights: list[float]) -> None:
+    probs = torch.tensor([weights], dtype=torch.float64)
+    assert invert_cumulative(probs, torch.tensor([[1 - 2**-53]], dtype=torch.float64)) < len(weights)
 
 
 def test_temperature_zero_takes_the_most_likely() -> None:

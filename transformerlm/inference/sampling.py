@@ -72,10 +72,8 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 def invert_cumulative(probs: Tensor, numbers: Tensor) -> Tensor:
     """The id whose part of the cumulative distribution holds each row's number in [0, 1): int64 [batch].
 
-    `probs` float64 [batch, vocab_size] need not sum to one; ids of probability zero are never taken.
+    `probs` float64 [batch, vocab_size] need not sum to one; ids of probability zero are never taken. A number has at
+    most 53 bits, so that its product with the total is rounded to less than the total.
     """
     cumulative = probs.cumsum(dim=-1)
-    total = cumulative[..., -1:]
-    # Rounding could lift number · total to the total itself, beyond the last id.
-    below = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, below, right=True).squeeze(-1)
+    return torch.searchsorted(cumulative, numbers * cumulative[..., -1:], right=True).squeeze(-1)
