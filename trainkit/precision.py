@@ -24,8 +24,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
         case "cuda":
             is_native = torch.cuda.get_device_capability(device) >= (8, 0)
         case "cpu":
-            # Without tiles, 16-bit products are emulated: slower than 32-bit ones.
-            is_native = torch.cpu._is_amx_tile_supported()
+            # Without these instructions 16-bit products are emulated: slower than 32-bit ones.
+            is_native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         case _:
             is_native = False
     return "bf16" if is_native else "fp32"

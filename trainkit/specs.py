@@ -38,7 +38,8 @@ class TrainingSpec:
     """Largest global L2 norm of the gradient; 0 does not clip."""
     precision: Precision = "fp32"
     """Type of the forward and backward arithmetic; weights, gradients and optimizer state stay in 32-bit floats. `auto`
-    is `bf16` where the processor multiplies it natively (NVIDIA from Ampere on, Intel with AMX), else `fp32`."""
+    is `bf16` where the processor multiplies it natively (NVIDIA from Ampere on, CPUs with AVX512-BF16 or AMX), else
+    `fp32`."""
     compile: bool = False
     """Run the model through `torch.compile`."""
     deterministic: bool = False
