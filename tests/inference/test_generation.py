@@ -9,7 +9,7 @@ import torch
 
 from trainkit.errors import UserError
 from transformerlm.inference.generation import generate
-from transformerlm.inference.sampling import sample_tokens
+from transformerlm.inference.sampling import random_numbers, sample_tokens
 from transformerlm.inference.specs import SamplingSpec
 from transformerlm.models.build import create_model
 from transformerlm.models.specs import TransformerSpec
@@ -43,13 +43,13 @@ def without_cache(
     model: Transformer, prompt: list[int], count: int, spec: SamplingSpec, *, seed: int, row: int
 ) -> list[int]:
     """The definition: all positions anew for each token."""
-    tokens = list(prompt)
+    tokens, numbers = list(prompt), random_numbers(seed, torch.tensor([row]), count)
     for step in range(count):
         with torch.no_grad():
             logits = model(torch.tensor([tokens]))[:, -1]
         seen = torch.zeros(1, VOCAB, dtype=torch.bool)
         seen[0, tokens] = True
-        new = sample_tokens(logits, spec, seed=seed, rows=torch.tensor([row]), step=step, seen=seen)
+        new = sample_tokens(logits, spec, numbers[:, step], seen=seen)
         tokens.append(int(new))
     return tokens[len(prompt) :]
 

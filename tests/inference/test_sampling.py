@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from transformerlm.inference.sampling import adjusted_log_probs, invert_cumulative, sample_tokens
+from transformerlm.inference.sampling import adjusted_log_probs, invert_cumulative, random_numbers, sample_tokens
 from transformerlm.inference.specs import SamplingSpec
 
 logit_rows = st.lists(st.sampled_from([-math.inf, *(k / 8 for k in range(-24, 25))]), min_size=2, max_size=9)
@@ -63,8 +63,8 @@ def test_filters_equal_brute_force(
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
 
 
-def draw(logits: Tensor, spec: SamplingSpec, *, rows: Tensor, seed: int = 0, step: int = 0) -> Tensor:
-    return sample_tokens(logits, spec, seed=seed, rows=rows, step=step)
+def draw(logits: Tensor, spec: SamplingSpec, *, rows: Tensor, seed: int = 0, place: int = 0) -> Tensor:
+    return sample_tokens(logits, spec, random_numbers(seed, rows, place + 1)[:, place])
 
 
 @pytest.mark.parametrize(
@@ -121,19 +121,19 @@ def test_temperature_zero_takes_the_most_likely() -> None:
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     logits = torch.randn(8, 30, generator=torch.Generator().manual_seed(0))
     spec = SamplingSpec(top_p=0.9)
-    together = draw(logits, spec, rows=torch.arange(8), seed=7, step=3)
-    alone = torch.cat([draw(logits[[i]], spec, rows=torch.tensor([i]), seed=7, step=3) for i in range(8)])
-    backwards = draw(logits.flip(0), spec, rows=torch.arange(8).flip(0), seed=7, step=3).flip(0)
+    together = draw(logits, spec, rows=torch.arange(8), seed=7, place=3)
+    alone = torch.cat([draw(logits[[i]], spec, rows=torch.tensor([i]), seed=7, place=3) for i in range(8)])
+    backwards = draw(logits.flip(0), spec, rows=torch.arange(8).flip(0), seed=7, place=3).flip(0)
     assert together.equal(alone) and together.equal(backwards)
 
 
-def test_seed_row_and_step_each_change_the_numbers() -> None:
+def test_seed_row_and_place_each_change_the_numbers() -> None:
     logits = torch.zeros(100, 1000)
     rows = torch.arange(100)
     first = draw(logits, SamplingSpec(), rows=rows)
     for other in (
         draw(logits, SamplingSpec(), rows=rows, seed=1),
-        draw(logits, SamplingSpec(), rows=rows, step=1),
+        draw(logits, SamplingSpec(), rows=rows, place=1),
         draw(logits, SamplingSpec(), rows=rows + 100),
     ):
         assert (first == other).float().mean() < 0.05

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from profiling import nvtx
 from trainkit.errors import EXIT_USAGE, UserError
-from transformerlm.inference.sampling import sample_tokens
+from transformerlm.inference.sampling import random_numbers, sample_tokens
 from transformerlm.inference.specs import DEFAULT_SAMPLING, SamplingSpec
 from transformerlm.models.cache import KeyValueCache
 from transformerlm.models.transformer import Head, Transformer
@@ -50,6 +50,7 @@ def generate(
     # Samplers need 64-bit floats, which Apple's GPUs do not have.
     sampler_device = torch.device("cpu") if table.device.type == "mps" else table.device
     row_ids = torch.tensor(range(count) if rows is None else rows, device=sampler_device)
+    numbers = random_numbers(seed, row_ids, max(limits))
     seen = _seen(prompts, model.vocab_size, sampler_device) if sampling.repetition_penalty != 1.0 else None
     if banned is not None:
         banned = banned.to(sampler_device)
@@ -62,7 +63,7 @@ def generate(
             logits = logits.masked_fill(banned, -math.inf)
         if seen is not None and stop_id is not None:
             seen[:, stop_id] = False
-        new = sample_tokens(logits, sampling, seed=seed, rows=row_ids, step=step, seen=seen)
+        new = sample_tokens(logits, sampling, numbers[:, step], seen=seen)
         if seen is not None:
             seen.scatter_(1, new.unsqueeze(1), True)
         ids: list[int] = new.tolist()

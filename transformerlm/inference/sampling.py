@@ -1,7 +1,7 @@
 """From logits to token ids: pure functions on float tensors [batch, vocab_size].
 
 Everything is computed in 64-bit floats. One uniform number per row selects the token by inverting the cumulative
-distribution; it depends on seed, row number and step alone, so that a row does not depend on its neighbours.
+distribution; it depends on seed, text and place alone, so that a row does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ from trainkit.random import Purpose, uniform
 from transformerlm.inference.specs import SamplingSpec
 
 
-def sample_tokens(
-    logits: Tensor, spec: SamplingSpec, *, seed: int, rows: Tensor, step: int, seen: Tensor | None = None
-) -> Tensor:
-    """Ids int64 [batch]. `rows` int64 [batch] names each row's random numbers; `seen` as in `penalize_repetition`."""
+def random_numbers(seed: int, rows: Tensor, length: int) -> Tensor:
+    """The numbers in [0, 1) that select the tokens of texts: float64 [batch, length], a column for each new token.
+
+    `rows` int64 [batch] names the texts. All at one time, because a draw costs about as much as a small model's layer.
+    """
+    return uniform(seed, Purpose.SAMPLING, rows, length)
+
+
+def sample_tokens(logits: Tensor, spec: SamplingSpec, numbers: Tensor, *, seen: Tensor | None = None) -> Tensor:
+    """Ids int64 [batch], selected by `numbers` (float64 [batch], in [0, 1)); `seen` as in `penalize_repetition`."""
     log_probs = adjusted_log_probs(logits, spec, seen=seen)
     if spec.temperature == 0:
         return log_probs.argmax(dim=-1)
-    return invert_cumulative(log_probs.exp(), uniform(seed, Purpose.SAMPLING, rows, 1, step=step))
+    return invert_cumulative(log_probs.exp(), numbers.unsqueeze(-1))
 
 
 def adjusted_log_probs(logits: Tensor, spec: SamplingSpec, *, seen: Tensor | None = None) -> Tensor:
