@@ -39,6 +39,9 @@ def run(loaded: Loaded[TrainTokenizerConfig], arguments: argparse.Namespace) -> 
         f"{directory}: {tokenizer.vocab_size:,} ids ({len(tokenizer.vocabulary.merges):,} merges) from "
         f"{corpus['documents']:,} documents ({corpus['bytes'] / 1e6:,.1f} MB) in {about['seconds']:.1f} s"
     )
+    if about["dropped_words"]:
+        share = f"{about['dropped_words']:,} occurrences of rare words were left out"
+        print(f"max_words = {config.tokenizer.max_words:,} words were kept at most; {share}")
     print(f"next: transformerlm-make-data tokenizer.path={directory}, with the same [corpus]")
 
 
@@ -52,12 +55,22 @@ def train_on_documents(documents: Iterable[str], spec: TokenizerTrainingSpec) ->
 
     corpus = _Measured(documents)
     began = time.monotonic()
-    with shown_progress(wanted_merges(spec)) as progress:
+    dropped = 0
+    with shown_progress(wanted_merges(spec)) as show:
+
+        def progress(stage: str, done: int) -> None:
+            nonlocal dropped
+            if stage == "dropped":
+                dropped = done
+            else:
+                show(stage, done)
+
         tokenizer = train_tokenizer(corpus, spec, progress=progress)
     about = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - began, 3),
         "training": dataclasses.asdict(spec),
+        "dropped_words": dropped,
         "corpus": {"documents": corpus.documents, "bytes": corpus.bytes, "sha256": corpus.hexdigest()},
     }
     return tokenizer, about

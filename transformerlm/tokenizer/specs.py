@@ -22,5 +22,7 @@ class TokenizerTrainingSpec:
     """Atomic tokens, never merged with text; they take the last ids in this order."""
     pattern: Literal["gpt2"] = "gpt2"
     """How text is split before merging (no token crosses a split): as GPT-2 does, by letters, numbers, and the rest."""
+    max_words: Annotated[int, Ge(0)] = 0
+    """Distinct words to keep while counting, the most frequent ones; bounds memory on huge corpora. 0 = all of them."""
     allow_smaller: bool = False
     """Accept a corpus that cannot yield enough merges, and write the smaller vocabulary that it reaches."""

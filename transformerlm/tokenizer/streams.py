@@ -15,16 +15,16 @@ MOST_TEXTS = 1 << 12
 WHITE_BYTES = b" \t\n\x0b\x0c\r"
 
 
-def batches(texts: Iterable[str | bytes]) -> Iterator[list[str | bytes]]:
-    """The texts, as many at a time as make up a piece."""
+def batches(texts: Iterable[str | bytes], size: int = PIECE, most: int = MOST_TEXTS) -> Iterator[list[str | bytes]]:
+    """The texts, as many at a time as reach `size` characters, or at `most` that many."""
     batch: list[str | bytes] = []
-    size = 0
+    so_far = 0
     for text in texts:
         batch.append(text)
-        size += len(text)
-        if size >= PIECE or len(batch) == MOST_TEXTS:
+        so_far += len(text)
+        if so_far >= size or len(batch) == most:
             yield batch
-            batch, size = [], 0
+            batch, so_far = [], 0
     if batch:
         yield batch
 

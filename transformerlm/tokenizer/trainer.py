@@ -1,7 +1,10 @@
 """Learn merges from text: count words once, then merge the most frequent pair of neighbours, again and again.
 
-Memory is bounded by the number of distinct words, not by the length of the corpus. A merge touches only the words that
-hold its pair, and pair counts are kept up to date instead of being counted anew.
+Memory is bounded by the number of distinct words, not by the length of the corpus, and that number can be bounded too.
+A merge touches only the words that hold its pair, and pair counts are kept up to date instead of being counted anew.
+
+This file does it in plain Python, which serves small corpora, and hands over to the compiled kernels
+(`compiled_trainer.py`, the same merges) once there is enough text for them to pay.
 """
 
 from __future__ import annotations
@@ -10,18 +13,31 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from trainkit.errors import UserError
+from transformerlm.tokenizer import readiness
 from transformerlm.tokenizer.pretokenizer import as_text, pretokenize, to_bytes
-from transformerlm.tokenizer.special_tokens import split_special
+from transformerlm.tokenizer.special_tokens import SpecialTokens, split_special
 from transformerlm.tokenizer.specs import TokenizerTrainingSpec
-from transformerlm.tokenizer.tokenizer import Tokenizer
+from transformerlm.tokenizer.streams import batches
+from transformerlm.tokenizer.tokenizer import Tokenizer, num_cores
 from transformerlm.tokenizer.vocabulary import BYTES, Merge, check_special_tokens, trained_vocabulary
 
+if TYPE_CHECKING:
+    from transformerlm.tokenizer.compiled_trainer import WordCounter
+
 Progress = Callable[[str, int], None]
-"""Called as `progress("count", documents read so far)` and `progress("merge", merges learned so far)`."""
+"""Called as `progress("count", documents read so far)`, `progress("merge", merges learned so far)`, and, where
+`max_words` made it drop words, `progress("dropped", occurrences of dropped words so far)`."""
 
 Pair = tuple[int, int]
+
+KERNELS = "compiled_trainer"
+LOT = 1 << 24
+"""Characters that are counted at a time. Fixed, so that what `max_words` drops does not depend on the threads."""
+TRAINING_WORK = 10
+"""How much longer the plain path takes to train on a text than to encode it."""
 
 
 def _silent(stage: str, done: int) -> None:
@@ -29,18 +45,16 @@ def _silent(stage: str, done: int) -> None:
 
 
 def train_tokenizer(
-    texts: Iterable[str | bytes], spec: TokenizerTrainingSpec, *, progress: Progress = _silent
+    texts: Iterable[str | bytes], spec: TokenizerTrainingSpec, *, progress: Progress = _silent, threads: int = 0
 ) -> Tokenizer:
-    """Train on `texts`, which are read once and not kept.
+    """Train on `texts`, which are read once and not kept, with some `threads` (0 = all cores).
 
-    The result depends on the multiset of words alone: not on the order of the texts, nor on hashing. Raises `UserError`
-    when the settings contradict themselves, when there is no text, or when it cannot yield enough merges.
+    The result depends on the multiset of words alone: not on the order of the texts, nor on hashing or threads. (With
+    `spec.max_words` it depends on which words were rare when there were too many.) Raises `UserError` when the settings
+    contradict themselves, when there is no text, or when it cannot yield enough merges.
     """
     num_merges = wanted_merges(spec)
-    words = count_words(texts, spec.special_tokens, progress=progress)
-    if not words:
-        raise UserError("the corpus for the tokenizer is empty; give it files that hold text")
-    merges = learn_merges(words, num_merges, progress=progress)
+    merges = _count_and_learn(texts, spec, num_merges, progress, threads or num_cores())
     if len(merges) < num_merges and not spec.allow_smaller:
         reached = spec.vocab_size - num_merges + len(merges)
         raise UserError(
@@ -48,6 +62,34 @@ def train_tokenizer(
             "or allow_smaller = true"
         )
     return Tokenizer(trained_vocabulary(merges, spec.special_tokens))
+
+
+def _count_and_learn(
+    texts: Iterable[str | bytes], spec: TokenizerTrainingSpec, num_merges: int, progress: Progress, threads: int
+) -> list[Merge]:
+    special = SpecialTokens(dict.fromkeys(spec.special_tokens, 0), frozenset())
+    words: PlainCounter | WordCounter = PlainCounter(special)
+    documents = dropped = 0
+    for batch in batches(texts, LOT, LOT):
+        work = TRAINING_WORK * sum(map(len, batch))
+        if isinstance(words, PlainCounter) and readiness.pays(KERNELS, work):
+            counted = words.words()
+            words = readiness.load(KERNELS).WordCounter(special, threads)
+            assert not isinstance(words, PlainCounter)
+            words.count_words(counted)
+        words.count(batch)
+        documents += len(batch)
+        progress("count", documents)
+        if 0 < spec.max_words < len(words):
+            dropped += words.drop_rare(spec.max_words)
+            progress("dropped", dropped)
+    if not len(words):
+        raise UserError("the corpus for the tokenizer is empty; give it files that hold text")
+    if isinstance(words, PlainCounter):
+        return learn_merges(words.words(), num_merges, progress=progress)
+    nodes, counts = words.table.nodes()
+    del words  # the table's memory is wanted for the merges
+    return readiness.load(KERNELS).learn_merges(nodes, counts, num_merges, progress)
 
 
 def wanted_merges(spec: TokenizerTrainingSpec) -> int:
@@ -62,18 +104,38 @@ def wanted_merges(spec: TokenizerTrainingSpec) -> int:
     return spec.vocab_size - smallest
 
 
-def count_words(
-    texts: Iterable[str | bytes], special_tokens: Iterable[str] = (), *, progress: Progress = _silent
-) -> Counter[bytes]:
+class PlainCounter:
     """How often each pre-token occurs; special tokens divide the text and are not counted."""
-    special_names = frozenset(special_tokens)
-    counts: Counter[str] = Counter()
-    for number, text in enumerate(map(as_text, texts), start=1):
-        for start, end, _ in split_special(text, special_names):
-            for words in pretokenize(text, start, end):
-                counts.update(words)
-        progress("count", number)
-    return Counter({to_bytes(word): count for word, count in counts.items()})
+
+    def __init__(self, special: SpecialTokens) -> None:
+        self.counts: Counter[str] = Counter()
+        self._special = special
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def count(self, texts: Iterable[str | bytes]) -> None:
+        for text in map(as_text, texts):
+            for start, end, _ in split_special(text, self._special.names):
+                for words in pretokenize(text, start, end):
+                    self.counts.update(words)
+
+    def drop_rare(self, most: int) -> int:
+        """Drop the rarest words, all of one count or none, until at most `most` are left; returns their occurrences."""
+        smallest = sorted(self.counts.values(), reverse=True)[most] + 1
+        rare = sum(count for count in self.counts.values() if count < smallest)
+        self.counts = Counter({word: count for word, count in self.counts.items() if count >= smallest})
+        return rare
+
+    def words(self) -> Counter[bytes]:
+        return Counter({to_bytes(word): count for word, count in self.counts.items()})
+
+
+def count_words(texts: Iterable[str | bytes], special_tokens: Iterable[str] = ()) -> Counter[bytes]:
+    """How often each pre-token of `texts` occurs."""
+    counter = PlainCounter(SpecialTokens(dict.fromkeys(special_tokens, 0), frozenset()))
+    counter.count(texts)
+    return counter.words()
 
 
 def learn_merges(words: Mapping[bytes, int], num_merges: int, *, progress: Progress = _silent) -> list[Merge]:
