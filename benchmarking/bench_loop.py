@@ -89,7 +89,9 @@ def main() -> None:
     torch.set_num_threads(1)
     ours: list[float] = []
     by_hand: list[float] = []
-    our_loop(), hand_written_loop()  # the first call of each pays for imports and allocator warm-up
+    # The first call of each pays for imports and allocator warm-up.
+    our_loop()
+    hand_written_loop()
     for _ in range(REPEATS):
         ours.append(our_loop())
         by_hand.append(hand_written_loop())
