@@ -46,7 +46,7 @@ def test_a_story_has_one_derivation(story: str) -> None:
 def test_a_hero_who_changes_the_name_is_impossible(story: str, data: st.DataObject) -> None:
     hero = next(name for name in re.findall(r"[A-Z][a-z]+", story) if name in NAMES)
     mentions = list(re.finditer(rf"\b{hero}\b", story))
-    assert len(mentions) >= 3
+    assert len(mentions) >= 2
     mention = data.draw(st.sampled_from(mentions))
     other = data.draw(st.sampled_from([name for name in NAMES if name != hero]))
     assert log_prob(story[: mention.start()] + other + story[mention.end() :]) == -math.inf

@@ -28,27 +28,27 @@ RULES: Rules = {
     # What every story shares.
     "opening": {
         "Once upon a time, {trait.a}, {look} {kind} named {hero} lived in {size.a} {home} near the {landmark} with"
-        " {coat.a} {species} called {pet}.": 4,
+        " {coat.a}, {temper} {species} called {pet}.": 4,
         "There once was {trait.a}, {look} {kind} called {hero} in {size.a} {home} near the {landmark}."
-        " {hero.They} had {coat.a} {species} named {pet}.": 3,
+        " {hero.They} had {coat.a}, {temper} {species} named {pet}.": 3,
         "In {size.a} {home} near the {landmark} lived {trait.a}, {look} {kind} named {hero}. {hero.Their} best friend"
-        " was {coat.a} {species} called {pet}.": 2,
+        " was {coat.a}, {temper} {species} called {pet}.": 2,
     },
     "habit": {
-        "{hero} [loved] to {hobby}, and {pet} [loved] {treat}.": 3,
-        "{pet} [loved] {treat}, while {hero} [loved] to {hobby}.": 2,
-        "Nobody could {hobby} like {hero}, and {pet} [loved] {treat}.": 2,
+        "{hero.They} [loved] to {hobby} and to eat {treat}.": 3,
+        "{hero.They} [loved] {treat} and always wanted to {hobby}.": 2,
+        "When {hero.they} did not {hobby}, {hero.they} [loved] to eat {treat}.": 2,
     },
     "loved": {"loved": 4, "liked": 3, "adored": 1, "preferred": 1},
-    "when": {"One {weather} {daytime},": 3, "On {weather.a} {weekday},": 3},
+    "when": {"One {weather} {daytime} in {month},": 3, "On {weather.a} {weekday} in {month},": 3},
     "meet": {
         "[soon] they met {title} {surname}, the {mien} {job}.": 3,
         "[soon] {title} {surname}, the {mien} {job}, came by.": 2,
     },
     "ending": {
-        "That night, {pet} ate {treat} and {hero} slept [soundly]. [moral]": 3,
-        "Back at the {home}, {title} {surname} gave {pet} some {treat}. [moral]": 3,
-        "Then everybody went to the {home} to eat {treat}. [moral]": 2,
+        "That night, {pet} slept [soundly]. [moral]": 3,
+        "Then everybody went home to eat {treat}. [moral]": 3,
+        "So {title} {surname} came to the {home} for some {treat}. [moral]": 2,
     },
     "moral": {
         "From then on, {hero} knew that {virtue} [matters].": 3,
@@ -71,6 +71,8 @@ RULES: Rules = {
     "very": {"very": 5, "so": 3, "quite": 2, "rather": 2, "really": 1, "terribly": 1, "a little": 1},
     "oh": {"Oh no!": 4, "Oh dear!": 3, "What a pity!": 2, "How strange!": 2, "Goodness me!": 1},
     "yes": {"Of course": 4, "Gladly": 2, "Certainly": 2, "With pleasure": 1, "Why not": 1, "All right": 1},
+    "well": {"Well": 4, "You know": 3, "Listen": 2, "My dear": 2, "Look": 1},
+    "hello": {"Hello!": 4, "Good morning!": 2, "Welcome!": 2, "How are you?": 2, "Nice to meet you!": 1},
     "wanted": {"wanted": 4, "hoped": 2, "wished": 2, "planned": 2, "decided": 2, "longed": 1},
     "found": {"found": 4, "discovered": 2, "noticed": 2, "spotted": 2, "saw": 2},
     "practiced": {"practiced": 4, "worked": 2, "played": 2, "rehearsed": 1},
@@ -89,26 +91,26 @@ RULES: Rules = {
         "{hero.They} owned {quality.a} {color} {toy} from {hero.their} {relative}.": 2,
     },
     "lost.outing": {
-        "{hero} {moved} to the {place} to play {game}.": 3,
+        "{hero.they} {moved} to the {place} to play {game}.": 3,
         "they {moved} to the {place} for some {game}.": 2,
     },
     "lost.gone": {
-        "But then the {color} {toy} was gone, and {hero} felt [very] {sad}.": 3,
-        '"[oh] Where is my {color} {toy}?" [asked] {hero}, who was [very] {sad}.': 2,
+        "But then the {toy} was gone, and {hero} felt [very] {sad}.": 3,
+        '"[oh] Where is my {toy}?" [asked] {hero}, who was [very] {sad}.': 2,
     },
     "lost.hint": {
-        '"Have you seen {quality.a} {toy}?" [asked] {hero}. "[yes], look {spot}."': 3,
+        '"Have you seen my {toy}?" [asked] {hero}. "[yes], look {spot}."': 3,
         '"Is something {quality} gone?" {title.they} [asked]. "I saw it {spot}."': 2,
     },
     "lost.found": {
-        "There, {spot}, {pet} [found] the {toy} from {hero.their} {relative}!": 3,
+        "There, {pet} [found] the {toy} from {hero.their} {relative}!": 3,
         "They {moved} back and [found] the {color} {toy}.": 2,
     },
     # A wild animal is hurt, is cared for, and comes back with a present.
     "rescue": {"\n\n[when] [rescue.find] [rescue.plea]\n\n[rescue.wrap] [meet] [rescue.heal] [rescue.thanks]": 1},
     "rescue.find": {
-        "{hero} and {pet} {moved} to the {place} and [found] {state.a} {creature} {spot}.": 3,
-        "{pet} {moved} ahead to the {place}. {state.A} {creature} was stuck {spot}.": 2,
+        "{hero.they} {moved} to the {place} and [found] {state.a} {creature} {spot}.": 3,
+        "{pet} {moved} to the {place}. {state.A} {creature} was stuck {spot}.": 2,
     },
     "rescue.plea": {
         '"[oh] Please help me," [begged] the {creature}, who was [very] {sad}.': 3,
@@ -119,29 +121,29 @@ RULES: Rules = {
         "{hero} carried it home in {hero.their} {color} {garment}.": 2,
     },
     "rescue.heal": {
-        '"It needs {remedy}," [said] {title} {surname}. After {number} cups, the {creature} was well.': 3,
-        "{title.They} cooked {number} cups of {remedy}, and the {creature} got well under the {color} {garment}.": 2,
+        '"It needs {remedy}," [said] {title} {surname}. After {number} cups, the {creature} was [very] {glad}.': 3,
+        "{title.They} cooked {number} cups of {remedy}, which made the {creature} [very] {glad}.": 2,
     },
     "rescue.thanks": {
-        "Later it brought {hero} some {forage} from the {place}.": 3,
+        "Later it brought them some {forage} from the {place}.": 3,
         "One day it came to the {home} with {forage}.": 2,
     },
     # A cake needs one more thing, and that costs a chore.
     "baking": {"\n\n[when] [baking.wish] [baking.missing]\n\n[meet] [baking.deal] [baking.done]": 1},
     "baking.wish": {
         "{hero} [wanted] to bake {quality.a} {flavor} {cake} for {hero.their} {relative}.": 3,
-        "{hero} and {hero.their} {relative} [wanted] to make {quality.a} {flavor} {cake}.": 2,
+        "{hero.their} {relative} [wanted] to make {quality.a} {flavor} {cake}.": 2,
     },
     "baking.missing": {
-        "But the {color} {container} held no {ingredient}, and {hero} felt [very] {sad}.": 3,
+        "But the {color} {container} held no {ingredient}, and {hero.they} felt [very] {sad}.": 3,
         '"[oh] The {color} {container} has no {ingredient}!" [said] {hero}, who was [very] {sad}.': 2,
     },
     "baking.deal": {
-        '"[yes], you can have my {ingredient}, if you {chore}," {title.they} [said]. So they began to {chore}.': 3,
+        '"[yes], you can have some, if you {chore}," {title.they} [said]. So they began to {chore}.': 3,
         '"We need {ingredient}," [said] {hero}. "Then {chore} with me," [said] {title} {surname}.': 2,
     },
     "baking.done": {
-        "Soon the {container} was full of {ingredient}, and {hero.their} {relative} was [very] {glad}.": 3,
+        "Soon the {container} was full, and {hero.their} {relative} was [very] {glad}.": 3,
         "Then the {quality} {cake} made {hero.their} {relative} [very] {glad}.": 2,
     },
     # An instrument is hard to play, until somebody helps to practice.
@@ -151,24 +153,24 @@ RULES: Rules = {
         "Now {hero} [wanted] to play the {instrument} at the {event} near the {place} on {weekday}.": 2,
     },
     "music.fail": {
-        "But it sounded [very] {flaw}. {hero} felt {sad}.": 3,
-        "But {pet} found it [very] {flaw}. It made {hero} {sad}.": 2,
+        "But it sounded [very] {flaw}. {hero.They} felt {sad}.": 3,
+        "But {pet} found it [very] {flaw}. It made {hero.them} {sad}.": 2,
     },
     "music.teacher": {
         '"[yes], I can help you," [said] {title} {surname}, the {mien} {job}.': 3,
         "Next door lived {title} {surname}, the {mien} {job}, who had {instrument.a} too.": 2,
     },
     "music.practice": {
-        "They [practiced] for {number} weeks while {pet} tried to {hobby}.": 3,
-        "For {number} weeks, {hero} and {title} {surname} [practiced] at the {home}.": 2,
+        "They [practiced] for {number} weeks while {pet} slept.": 3,
+        "For {number} weeks, {hero} [practiced] at the {home}.": 2,
     },
     "music.stage": {
         "When {weekday} came, everybody at the {event} was [very] {glad}.": 3,
-        "At the {place}, the {instrument} was not {flaw} at all, and everybody was [very] {glad}.": 2,
+        "At the {place}, nothing was {flaw} anymore, and everybody was [very] {glad}.": 2,
     },
     "music.prize": {
         "{hero.They} won {quality.a} {color} {prize} and showed it to {title} {surname}.": 3,
-        "The prize was {quality.a} {color} {prize}, which {hero} gave to {hero.their} {relative}.": 2,
+        "The prize was {quality.a} {color} {prize}, which {hero.they} gave to {hero.their} {relative}.": 2,
     },
     # Seeds do not grow until they get what they need.
     "garden": {"\n\n[when] [garden.plant] [garden.wait]\n\n[meet] [garden.advice] [garden.care] [garden.bloom]": 1},
@@ -177,16 +179,16 @@ RULES: Rules = {
         "{hero} [found] {number} {flower} seeds and put them into {quality.a} {color} {container}.": 2,
     },
     "garden.wait": {
-        "But nothing grew in the {container}, and {hero} felt [very] {sad}.": 3,
+        "But nothing grew in the {container}, and {hero.they} felt [very] {sad}.": 3,
         '"[oh] Where is my {flower}?" [asked] {hero}, who was [very] {sad}.': 2,
     },
     "garden.advice": {
-        '"[yes], every {flower} needs {need}," [said] {title} {surname}.': 3,
-        '"Your {color} {container} has no {need}," {title.they} [said].': 2,
+        '"[well], every {flower} needs {need}," [said] {title} {surname}.': 3,
+        '"Your {container} has no {need}," {title.they} [said].': 2,
     },
     "garden.care": {
-        "So {hero} and {pet} {moved} to the {place} and got some {need}.": 3,
-        "So they brought {need} from the {place} by {vehicle}.": 2,
+        "So they {moved} to the {place} and got some.": 3,
+        "So {hero} brought some from the {place} by {vehicle}.": 2,
     },
     "garden.bloom": {
         "Soon {number} {flower.plural} stood in the {quality} {container}, and {hero.their} {relative} was [very]"
@@ -201,29 +203,29 @@ RULES: Rules = {
     },
     "map.travel": {
         "They packed {garment.a} and some {forage} and went there by {vehicle}.": 3,
-        "So {hero} took {garment.a}, {pet} took {forage}, and they left by {vehicle}.": 2,
+        "So {hero.they} took {garment.a}, {pet} took {forage}, and they left by {vehicle}.": 2,
     },
     "map.riddle": {
         '"Dig {spot}," [said] {title} {surname}.': 3,
-        '"[yes], the treasure is {spot}," {title.they} [said].': 2,
+        '"[well], the treasure is {spot}," {title.they} [said].': 2,
     },
     "map.dig": {
         "They dug for {number} hours and [found] {chest.a} full of {gem}!": 3,
-        "There, {spot}, they [found] {chest.a} with {number} {gem} in it.": 2,
+        "There they [found] {chest.a} with {number} {gem} in it.": 2,
     },
     "map.share": {
-        "So {hero} filled the {color} {container} with {gem} and was [very] {glad}.": 3,
+        "So {hero} filled the {container} with {gem} and was [very] {glad}.": 3,
         "They took the {chest} home by {vehicle}, and {hero.their} {relative} was [very] {glad}.": 2,
     },
     # Somebody is afraid, and learns that others are too.
     "fear": {" [fear.afraid]\n\n[when] [fear.hide]\n\n[meet] [fear.story] [fear.charm]\n\n[fear.end]": 1},
     "fear.afraid": {
-        "But {hero} feared the {fear}.": 3,
-        "But {hero} was [very] afraid of the {fear}.": 2,
+        "But {hero.they} feared the {fear}.": 3,
+        "But {hero.they} was [very] afraid of the {fear}.": 2,
     },
     "fear.hide": {
         "{hero} was [very] {sad} and hid under {quality.a} {color} {garment}.": 3,
-        "the {fear} came, and {hero}, who was [very] {sad}, [wanted] to hide under {quality.a} {color} {garment}.": 2,
+        "it came, and {hero}, who was [very] {sad}, [wanted] to hide under {quality.a} {color} {garment}.": 2,
     },
     "fear.story": {
         '"I feared the {fear} until I was {number}," {title.they} [said].': 3,
@@ -248,15 +250,15 @@ RULES: Rules = {
         "But {friend.they} was [very] {sad} and only had {quality.a} {color} {toy}.": 2,
     },
     "friend.talk": {
-        '"[oh] Do they play {game} in {country}?" [asked] {hero}.': 3,
+        '"[hello] Do they play {game} in {country}?" [asked] {hero}.': 3,
         '"Can I see the {toy} and play {game} with you?" [asked] {hero}.': 2,
     },
     "friend.play": {
         '"[yes], I love {game}," [said] {friend} and was [very] {glad}.': 3,
-        '{friend} put down the {color} {toy}. "[yes]," {friend.they} [said].': 2,
+        '{friend} put down the {toy}. "[yes]," {friend.they} [said].': 2,
     },
     "friend.share": {
-        "{title.They} gave {hero} and {friend} some {forage} and {flavor.a} {cake}.": 3,
+        "{title.They} gave {pet} and {friend} some {forage} and {flavor.a} {cake}.": 3,
         '"Come and help me {chore}," {title.they} [said], so {hero} put the {toy} away.': 2,
     },
 }

@@ -131,6 +131,7 @@ SLOTS: dict[str, Slot] = {
                 Truffle Tumble Wiggles Bandit Bingo Bramble Comet Dusty Fidget Gizmo Lucky""",
         ),
         _slot("coat", "fluffy spotted brown fat skinny striped clumsy furry woolly hungry speckled plump tame frisky"),
+        _slot("temper", "lazy lively greedy nosy mischievous gentle clever cuddly grumpy sleepy faithful rowdy"),
         _slot(
             "relative",
             """grandmother grandfather mother father aunt uncle sister brother cousin godmother neighbor teacher""",
@@ -193,6 +194,7 @@ SLOTS: dict[str, Slot] = {
             """sunny rainy windy cloudy foggy snowy warm cold stormy misty hot chilly breezy frosty gray mild""",
         ),
         _slot("daytime", "morning afternoon day evening"),
+        _slot("month", "May June July March April August October January November December"),
         _slot("weekday", "Saturday Sunday Monday Friday Tuesday Thursday Wednesday"),
         _slot("number", "three five four seven six ten nine eight twelve eleven twenty"),
         _slot("weeks", "two many several countless"),
