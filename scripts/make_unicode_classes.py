@@ -15,6 +15,7 @@ import tiktoken
 
 OUTPUT = Path(__file__).parent.parent / "transformerlm" / "tokenizer" / "unicode_classes.py"
 CLASSES = {"LETTERS": r"\p{L}", "NUMBERS": r"\p{N}", "WHITE_SPACE": r"\s"}
+CLASSES |= {"UPPERCASE": r"[\p{Lu}\p{Lt}]", "LOWERCASE": r"\p{Ll}", "MARKS": r"\p{M}"}
 UNICODE_VERSIONS = ("14.0", "15.0", "15.1", "16.0", "17.0", "18.0", "19.0", "20.0")
 
 SURROGATES = range(0xD800, 0xE000)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from transformerlm.tokenizer.kernels import decoding, encoding
 from transformerlm.tokenizer.kernels.machine import PADDING
 from transformerlm.tokenizer.segments import (
+    PATTERN_NUMBERS,
     Region,
     SpecialTable,
     View,
@@ -102,6 +103,7 @@ class CompiledEncoder:
         self._dtype = dtype
         self._tables = merge_tables(vocabulary)
         self._classes = class_table()
+        self._pattern = PATTERN_NUMBERS[vocabulary.pattern]
         self._caches: list[WordCache] = []  # those that no call is using; `append` and `pop` are atomic
         self._special: dict[tuple[frozenset[str], frozenset[str]], SpecialTable] = {}
 
@@ -181,7 +183,7 @@ class CompiledEncoder:
             words = WordCache()
         while True:
             status = encoding.encode(
-                region.address, segments, self._classes, tables.byte_pairs, tables.pairs, tables.made,
+                region.address, segments, self._pattern, self._classes, tables.byte_pairs, tables.pairs, tables.made,
                 tables.id_of_token, words.slots, words.arena, words.used, output.ctypes.data, len(output),
                 output.itemsize, progress, ends,
             )  # fmt: skip

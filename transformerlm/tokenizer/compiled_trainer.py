@@ -13,6 +13,7 @@ from trainkit.errors import UserError
 from transformerlm.tokenizer.kernels import counting, encoding, learning
 from transformerlm.tokenizer.kernels.machine import PADDING
 from transformerlm.tokenizer.segments import (
+    PATTERN_NUMBERS,
     Region,
     SpecialTable,
     View,
@@ -25,6 +26,7 @@ from transformerlm.tokenizer.segments import (
     readable,
 )
 from transformerlm.tokenizer.special_tokens import SpecialTokens
+from transformerlm.tokenizer.specs import PatternName
 from transformerlm.tokenizer.vocabulary import Merge
 
 Array: TypeAlias = NDArray[Any]
@@ -39,7 +41,8 @@ MOST_BYTES = (1 << 31) - 1
 class WordTable:
     """How often each word occurs."""
 
-    def __init__(self) -> None:
+    def __init__(self, pattern: PatternName = "gpt2") -> None:
+        self._pattern = PATTERN_NUMBERS[pattern]
         self.slots = np.zeros((1 << 15, 4), np.uint64)
         self.arena = np.empty(1 << 16, np.uint8)
         self.used = np.zeros(2, np.int64)
@@ -56,7 +59,15 @@ class WordTable:
             progress = np.array([0, segments[0, 0]], np.int64)
             self._until_done(
                 lambda: counting.count_words(
-                    region.address, segments, weights, class_table(), self.slots, self.arena, self.used, progress
+                    region.address,
+                    segments,
+                    self._pattern,
+                    weights,
+                    class_table(),
+                    self.slots,
+                    self.arena,
+                    self.used,
+                    progress,
                 ),
                 most_bytes=int((segments[:, 1] - segments[:, 0]).max()),
             )
@@ -102,8 +113,9 @@ class WordTable:
 class WordCounter:
     """Counts texts as they come; several threads share each lot of them."""
 
-    def __init__(self, special: SpecialTokens, threads: int) -> None:
-        self.table = WordTable()
+    def __init__(self, special: SpecialTokens, threads: int, pattern: PatternName = "gpt2") -> None:
+        self.table = WordTable(pattern)
+        self._pattern: PatternName = pattern
         self._special = SpecialTable(special)
         self._threads = threads
 
@@ -121,7 +133,7 @@ class WordCounter:
         segments, _ = cut_segments(source, segments, PART)
         regions = [region for part in group_segments(segments, PART) for region in readable(source, part)]
         with ThreadPoolExecutor(self._threads) as pool:
-            for table in pool.map(lambda region: WordTable().count(region), regions):
+            for table in pool.map(lambda region: WordTable(self._pattern).count(region), regions):
                 self.table.add(table)
 
     def count_words(self, words: Mapping[bytes, int]) -> None:
@@ -135,7 +147,7 @@ class WordCounter:
         counts = self.table.counts()
         place = len(counts) - most - 1
         smallest = int(np.partition(counts, place)[place]) + 1 if place >= 0 else 0
-        kept = WordTable()
+        kept = WordTable(self._pattern)
         kept.add(self.table, smallest)
         self.table = kept
         return int(counts[counts < smallest].sum())

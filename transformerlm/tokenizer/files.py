@@ -1,11 +1,12 @@
-"""Read and write vocabularies: GPT-2's files, Hugging Face's `tokenizer.json`, and (write only) tiktoken's ranks.
+"""Read and write vocabularies: GPT-2's files, Hugging Face's `tokenizer.json`, and tiktoken's ranks.
 
 A tokenizer directory holds the same vocabulary in each form, so that other tools load it with identical ids:
 
 - `vocab.json`, `merges.txt`: GPT-2's; `vocab.json` holds the special tokens too;
 - `special_tokens.json`: `{token: id}`;
 - `tokenizer.json`: for Hugging Face `tokenizers`;
-- `ranks.tiktoken`: for `tiktoken.load.load_tiktoken_bpe` (special tokens are passed to `tiktoken.Encoding` apart).
+- `ranks.tiktoken`: for `tiktoken.load.load_tiktoken_bpe` (special tokens are passed to `tiktoken.Encoding` apart);
+- `pattern.txt`: the name of the pattern, where it is not GPT-2's.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ import base64
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from trainkit.artifacts import MANIFEST, verify_directory
 from trainkit.errors import UserError
+from transformerlm.tokenizer.pretokenizer import PATTERNS
+from transformerlm.tokenizer.specs import PatternName
 from transformerlm.tokenizer.vocabulary import (
     BYTES,
+    LARGEST_ID,
     Merge,
     Vocabulary,
     check_special_tokens,
@@ -35,6 +40,7 @@ MERGES = "merges.txt"
 SPECIAL_TOKENS = "special_tokens.json"
 TOKENIZER_JSON = "tokenizer.json"
 TIKTOKEN = "ranks.tiktoken"
+PATTERN = "pattern.txt"
 
 MERGES_HEADER = "#version: 0.2"
 LOOKS_SPECIAL = re.compile(r"<\|.+\|>|<.+>|\[.+\]")
@@ -52,7 +58,9 @@ def read_vocabulary(path: Path | str) -> Vocabulary:
         verify_directory(path)
     if (path / VOCAB).exists() and (path / MERGES).exists():
         special_tokens = path / SPECIAL_TOKENS
-        return read_gpt2_files(path / VOCAB, path / MERGES, special_tokens if special_tokens.exists() else None)
+        pattern = _read_pattern(path / PATTERN) if (path / PATTERN).exists() else "gpt2"
+        special = special_tokens if special_tokens.exists() else None
+        return replace(read_gpt2_files(path / VOCAB, path / MERGES, special), pattern=pattern)
     if (path / TOKENIZER_JSON).exists():
         return read_tokenizer_json(path / TOKENIZER_JSON)
     raise UserError(f"{path} holds no tokenizer: neither {VOCAB} and {MERGES} nor {TOKENIZER_JSON}; name another path")
@@ -71,17 +79,42 @@ def read_gpt2_files(vocab: Path | str, merges: Path | str, special_tokens: Path 
 
 
 def read_tokenizer_json(path: Path | str) -> Vocabulary:
-    """Read Hugging Face's format, if it describes what this tokenizer does: byte-level BPE with GPT-2's pattern."""
+    """Read Hugging Face's format, if it describes what this tokenizer does: byte-level BPE with a pattern of ours."""
     data = _read_json(Path(path))
     try:
         model = data["model"]
-        _check_settings(data, model, str(path))
+        pattern = _check_settings(data, model, str(path))
         ids = {str(name): _as_id(value) for name, value in model["vocab"].items()}
         pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
         added = {str(token["content"]): _as_id(token["id"]) for token in data.get("added_tokens") or []}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is not a tokenizer.json of a BPE model ({error!r}); use another file") from error
-    return _assemble(ids, pairs, added, source=str(path))
+    return replace(_assemble(ids, pairs, added, source=str(path)), pattern=pattern)
+
+
+def read_tiktoken(path: Path | str, pattern: PatternName, special_tokens: Mapping[str, int]) -> Vocabulary:
+    """Read tiktoken's ranks, a line of base64 and number per token. The file tells neither pattern nor special tokens.
+
+    tiktoken merges any two neighbours that together are a token, the lowest rank first. That equals merging one pair
+    for each token: the one into which the lower ranks merge its bytes.
+    """
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(_read_text(Path(path)).splitlines(), start=1):
+        try:
+            name, rank = line.split()
+            token = base64.b64decode(name, validate=True)
+            value = int(rank)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not base64 and a rank ({error}); use an undamaged file") from error
+        if not token or token in ranks:
+            raise UserError(f"{path}, line {number}: the token is empty or appears twice; use an undamaged file")
+        ranks[token] = value
+    merges = tuple(
+        _last_merge(token, ranks, str(path)) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1
+    )
+    vocabulary = Vocabulary(ranks, merges, dict(special_tokens), pattern)
+    check_vocabulary(vocabulary, str(path))
+    return vocabulary
 
 
 def write_vocabulary(vocabulary: Vocabulary, directory: Path) -> None:
@@ -101,8 +134,31 @@ def write_vocabulary(vocabulary: Vocabulary, directory: Path) -> None:
         files[TIKTOKEN] = "".join(
             f"{base64.b64encode(token).decode()} {token_id}\n" for token, token_id in vocabulary.tokens.items()
         )
+    if vocabulary.pattern != "gpt2":
+        files[PATTERN] = vocabulary.pattern + "\n"
     for name, content in files.items():
         (directory / name).write_text(content, encoding="utf-8", newline="\n")
+
+
+def _last_merge(token: bytes, ranks: Mapping[bytes, int], source: str) -> Merge:
+    parts = [bytes([value]) for value in token]
+    while len(parts) > 2:
+        joined = [ranks.get(left + right, LARGEST_ID + 1) for left, right in pairwise(parts)]
+        best = min(range(len(joined)), key=joined.__getitem__)
+        if joined[best] >= ranks[token]:
+            raise UserError(
+                f"{source}: tokens of lower rank never merge into {token_name(token)!r}; this is no byte-level BPE"
+            )
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return parts[0], parts[1]
+
+
+def _read_pattern(path: Path) -> PatternName:
+    name = _read_text(path).strip()
+    for known in PATTERNS:
+        if name == known:
+            return known
+    raise UserError(f"{path} names the pattern {name!r}; known are {', '.join(PATTERNS)}")
 
 
 def _assemble(
@@ -182,9 +238,10 @@ def _read_special_names(path: Path) -> dict[str, int | None]:
     raise UserError(f"{path} is not a list of special tokens; write for example " + '["<|endoftext|>"]')
 
 
-def _check_settings(data: Any, model: Any, source: str) -> None:
-    """Refuse settings under which our ids would differ silently."""
+def _check_settings(data: Any, model: Any, source: str) -> PatternName:
+    """The pattern; settings under which our ids would differ silently are refused."""
     pre_tokenizer = data.get("pre_tokenizer") or {}
+    pattern = _pattern_of(pre_tokenizer)
     unsupported: dict[str, Callable[[], bool]] = {
         "model.type": lambda: model.get("type", "BPE") != "BPE",
         "model.dropout": lambda: bool(model.get("dropout")),
@@ -193,11 +250,7 @@ def _check_settings(data: Any, model: Any, source: str) -> None:
         "model.byte_fallback": lambda: bool(model.get("byte_fallback")),
         "model.ignore_merges": lambda: bool(model.get("ignore_merges")),
         "normalizer": lambda: bool(data.get("normalizer")),
-        "pre_tokenizer": lambda: (
-            pre_tokenizer.get("type") != "ByteLevel"
-            or pre_tokenizer.get("add_prefix_space", True)
-            or not pre_tokenizer.get("use_regex", True)
-        ),
+        "pre_tokenizer": lambda: pattern is None,
         "added_tokens": lambda: any(
             token.get(setting)
             for token in data.get("added_tokens") or []
@@ -207,13 +260,33 @@ def _check_settings(data: Any, model: Any, source: str) -> None:
     for setting, is_unsupported in unsupported.items():
         if is_unsupported():
             raise UserError(
-                f"{source}: its setting `{setting}` is not supported; only byte-level BPE with GPT-2's pattern "
-                "and no prefix space can be read"
+                f"{source}: its setting `{setting}` is not supported; only byte-level BPE with the pattern "
+                "of GPT-2, cl100k or o200k and no prefix space can be read"
             )
+    assert pattern is not None
+    return pattern
+
+
+def _pattern_of(pre_tokenizer: Any) -> PatternName | None:
+    """The pattern that a `pre_tokenizer` stands for, if it is one of ours."""
+    steps = pre_tokenizer.get("pretokenizers") if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
+    byte_level = steps[-1]
+    if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space", True):
+        return None
+    if len(steps) == 1:
+        return "gpt2" if byte_level.get("use_regex", True) else None
+    split = steps[0]
+    if len(steps) > 2 or split.get("type") != "Split" or split.get("behavior") != "Isolated" or split.get("invert"):
+        return None
+    if byte_level.get("use_regex", True):
+        return None
+    return next((name for name, pattern in PATTERNS.items() if split["pattern"] == {"Regex": pattern}), None)
 
 
 def _tokenizer_json(names: dict[str, int], merges: list[tuple[str, str]], vocabulary: Vocabulary) -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    split = {"type": "Split", "pattern": {"Regex": PATTERNS[vocabulary.pattern]}, "behavior": "Isolated"}
+    steps = [{**split, "invert": False}, {**byte_level, "use_regex": False}]
     return {
         "version": "1.0",
         "truncation": None,
@@ -231,7 +304,7 @@ def _tokenizer_json(names: dict[str, int], merges: list[tuple[str, str]], vocabu
             for name, token_id in vocabulary.special_tokens.items()
         ],
         "normalizer": None,
-        "pre_tokenizer": byte_level,
+        "pre_tokenizer": byte_level if vocabulary.pattern == "gpt2" else {"type": "Sequence", "pretokenizers": steps},
         "post_processor": None,
         "decoder": byte_level,
         "model": {

@@ -8,6 +8,7 @@ from itertools import chain
 from transformerlm.tokenizer.bpe import MergeTable, merge
 from transformerlm.tokenizer.pretokenizer import as_text, pretokenize, to_bytes
 from transformerlm.tokenizer.special_tokens import SpecialTokens, split_special
+from transformerlm.tokenizer.specs import PatternName
 from transformerlm.tokenizer.vocabulary import BYTES, Vocabulary
 
 
@@ -16,13 +17,14 @@ class PlainEncoder:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._words = _WordCache(vocabulary)
+        self._pattern: PatternName = vocabulary.pattern
 
     def encode(self, text: str | bytes, special: SpecialTokens) -> Iterator[int]:
         return chain.from_iterable(self._runs(as_text(text), special))
 
     def _runs(self, text: str, special: SpecialTokens) -> Iterator[Iterable[int]]:
         for start, end, name in split_special(text, special.names):
-            for words in pretokenize(text, start, end):
+            for words in pretokenize(text, start, end, self._pattern):
                 yield chain.from_iterable(map(self._words.__getitem__, words))
             if name:
                 special.check_allowed(name)

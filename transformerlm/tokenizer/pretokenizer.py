@@ -1,8 +1,8 @@
 """Cut text into pre-tokens: the pieces, about a word each, that merges never cross.
 
-The pattern is GPT-2's (Radford et al. 2019). Python's `re` has no `\\p{L}`, so the classes are written out from pinned
-Unicode tables. Bytes that are not UTF-8 travel through `str` as lone surrogates (PEP 383), so that nothing is lost; to
-the pattern such a byte is neither a letter, a number nor white space.
+The patterns are GPT-2's (Radford et al. 2019) and those of its successors. Python's `re` has no `\\p{L}`: the classes
+are written out from pinned Unicode tables. Bytes that are not UTF-8 travel through `str` as lone surrogates (PEP 383),
+so that nothing is lost; to the pattern such a byte is neither a letter, a number nor white space.
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from transformerlm.tokenizer.unicode_classes import LETTERS, NUMBERS, WHITE_SPACE, parse_ranges
+from transformerlm.tokenizer.specs import PatternName
+from transformerlm.tokenizer.unicode_classes import (
+    LETTERS,
+    LOWERCASE,
+    MARKS,
+    NUMBERS,
+    UPPERCASE,
+    WHITE_SPACE,
+    parse_ranges,
+)
 
 CHUNK = 1 << 16
 """Characters that are split at a time: a list of all pre-tokens of a long text would take many times its size."""
@@ -37,42 +46,95 @@ def to_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def pretokenize(text: str, start: int = 0, end: int | None = None) -> Iterator[list[str]]:
+def pretokenize(
+    text: str, start: int = 0, end: int | None = None, pattern: PatternName = "gpt2"
+) -> Iterator[list[str]]:
     """Yield the pre-tokens of `text[start:end]` in order, some thousands at a time; joined they are that text.
 
     Characters before `start` and from `end` on have no influence.
     """
-    pattern, cut = _gpt2_pattern(), _cut_pattern()
+    expression, cut = _expression(pattern), _cut_pattern()
     end = len(text) if end is None else end
     while start < end:
         found = cut.search(text, min(start + CHUNK, end), end)
         stop = found.end() if found else end
-        yield pattern.findall(text, start, stop)
+        yield expression.findall(text, start, stop)
         start = stop
 
 
-@cache
-def _gpt2_pattern() -> re.Pattern[str]:
-    letter, number, space = map(_class_body, (LETTERS, NUMBERS, WHITE_SPACE))
-    return re.compile(
+PATTERNS: dict[PatternName, str] = {
+    "gpt2": (
         r"'(?:[sdmt]|ll|ve|re)"  # an English contraction
-        rf"| ?[{letter}]+"
-        rf"| ?[{number}]+"
-        rf"| ?[^{space}{letter}{number}]+"
-        rf"|[{space}]+(?![^{space}])"  # spaces, but the last one stays with the word that follows
-        rf"|[{space}]+"
-    )
+        r"| ?\p{L}+"
+        r"| ?\p{N}+"
+        r"| ?[^\s\p{L}\p{N}]+"
+        r"|\s+(?!\S)"  # spaces, but the last one stays with the word that follows
+        r"|\s+"
+    ),
+    "cl100k": (
+        r"'(?:[sSſdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])"
+        r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+        r"|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s+\z"
+        r"|\s*[\r\n]+"
+        r"|\s+(?!\S)"
+        r"|\s+"
+    ),
+    "o200k": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?:'(?:[sSſdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE]))?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?:'(?:[sSſdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE]))?"
+        r"|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*"
+        r"|\s*[\r\n]+"
+        r"|\s+(?!\S)"
+        r"|\s+"
+    ),
+}
+"""As other engines of regular expressions take them. They split as tiktoken 0.14's patterns of these names do."""
+
+
+@cache
+def _expression(pattern: PatternName) -> re.Pattern[str]:
+    r"""The pattern with its classes written out, for an engine that has no `\p{…}` and another idea of `\s`."""
+    classes = {
+        r"\p{Lm}\p{Lo}": _body(_codes(LETTERS) - _codes(UPPERCASE) - _codes(LOWERCASE)),
+        r"\p{Lu}\p{Lt}": _class_body(UPPERCASE),
+        r"\p{Ll}": _class_body(LOWERCASE),
+        r"\p{L}": _class_body(LETTERS),
+        r"\p{N}": _class_body(NUMBERS),
+        r"\p{M}": _class_body(MARKS),
+        r"\s": _class_body(WHITE_SPACE),
+    }
+    expression = PATTERNS[pattern].replace(r"\S", r"[^\s]").replace(r"\z", r"\Z")
+    for name, body in classes.items():
+        expression = re.sub(rf"(\[[^\]]*){re.escape(name)}", lambda found, body=body: found[1] + body, expression)
+        expression = expression.replace(name, f"[{body}]")
+    return re.compile(expression)
 
 
 @cache
 def _cut_pattern() -> re.Pattern[str]:
     """Finds where a text may be cut in two without changing its pre-tokens: before a space that follows a non-space.
 
-    White space stands only at the start of a pre-token or fills it, so one always starts there; and of all
-    alternatives only a run of spaces looks ahead, so what ends before the cut does not depend on what follows.
+    In all patterns a space stands only at the start of a pre-token or among white space, so one always starts there;
+    and of all alternatives only a run of white space looks ahead, so what ends before the cut does not depend on what
+    follows.
     """
     space = _class_body(WHITE_SPACE)
-    return re.compile(rf"[^{space}](?=[{space}])")
+    return re.compile(rf"[^{space}](?= )")
+
+
+def _codes(table: str) -> set[int]:
+    return {code for first, last in parse_ranges(table) for code in range(first, last + 1)}
+
+
+def _body(codes: set[int]) -> str:
+    starts = sorted(code for code in codes if code - 1 not in codes)
+    ends = sorted(code for code in codes if code + 1 not in codes)
+    return "".join(rf"\U{first:08X}-\U{last:08X}" for first, last in zip(starts, ends, strict=True))
 
 
 def _class_body(table: str) -> str:

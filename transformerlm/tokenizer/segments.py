@@ -17,14 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transformerlm.tokenizer.kernels.machine import PADDING
-from transformerlm.tokenizer.kernels.scanning import LETTER, NUMBER, WHITE
+from transformerlm.tokenizer.kernels.patterns import CL100K, GPT2, O200K
+from transformerlm.tokenizer.kernels.scanning import LETTER, LOWER, MARK, NUMBER, UPPER, WHITE
 from transformerlm.tokenizer.kernels.special import find_special
 from transformerlm.tokenizer.pretokenizer import as_text, to_bytes
 from transformerlm.tokenizer.special_tokens import SpecialTokens
+from transformerlm.tokenizer.specs import PatternName
 from transformerlm.tokenizer.streams import last_cut
-from transformerlm.tokenizer.unicode_classes import LETTERS, NUMBERS, WHITE_SPACE, parse_ranges
+from transformerlm.tokenizer.unicode_classes import (
+    LETTERS,
+    LOWERCASE,
+    MARKS,
+    NUMBERS,
+    UPPERCASE,
+    WHITE_SPACE,
+    parse_ranges,
+)
 
 Array: TypeAlias = NDArray[Any]
+
+PATTERN_NUMBERS: dict[PatternName, int] = {"gpt2": GPT2, "cl100k": CL100K, "o200k": O200K}
 
 CUT_SEARCH = 1 << 16
 """How far back to look for a place to cut."""
@@ -34,7 +46,8 @@ CUT_SEARCH = 1 << 16
 def class_table() -> Array:
     """`uint8 [0x110000]`: the classes of each code point."""
     classes = np.zeros(0x110000, np.uint8)
-    for table, flag in ((LETTERS, LETTER), (NUMBERS, NUMBER), (WHITE_SPACE, WHITE)):
+    flags = ((LETTERS, LETTER), (NUMBERS, NUMBER), (WHITE_SPACE, WHITE))
+    for table, flag in (*flags, (UPPERCASE, UPPER), (LOWERCASE, LOWER), (MARKS, MARK)):
         for first, last in parse_ranges(table):
             classes[first : last + 1] |= flag
     return classes

@@ -22,7 +22,7 @@ from trainkit.errors import UserError
 from transformerlm.tokenizer import files, readiness
 from transformerlm.tokenizer.plain import PlainEncoder
 from transformerlm.tokenizer.special_tokens import SpecialTokens
-from transformerlm.tokenizer.specs import END_OF_TEXT, MASK, PAD
+from transformerlm.tokenizer.specs import END_OF_TEXT, MASK, PAD, PatternName
 from transformerlm.tokenizer.streams import batches, file_pieces
 from transformerlm.tokenizer.unicode_classes import UNICODE_VERSION
 from transformerlm.tokenizer.vocabulary import Vocabulary, check_vocabulary
@@ -67,6 +67,13 @@ class Tokenizer:
     def from_files(cls, vocab: Path | str, merges: Path | str, special_tokens: Path | str | None = None) -> Tokenizer:
         """Read GPT-2's `vocab.json` and `merges.txt` under any names, and a list of special tokens if there is one."""
         return cls(files.read_gpt2_files(vocab, merges, special_tokens))
+
+    @classmethod
+    def from_tiktoken(
+        cls, path: Path | str, *, pattern: PatternName, special_tokens: Mapping[str, int] | None = None
+    ) -> Tokenizer:
+        """Read tiktoken's ranks, such as `cl100k_base.tiktoken`; pattern and special tokens are not in that file."""
+        return cls(files.read_tiktoken(path, pattern, special_tokens or {}))
 
     def save(self, directory: Path | str, *, replace: bool = False, about: Mapping[str, Any] | None = None) -> None:
         """Publish the tokenizer as `directory`, whole or not at all; `about` (JSON-able) is kept in its manifest."""

@@ -19,7 +19,7 @@ from trainkit.errors import UserError
 from transformerlm.tokenizer import readiness
 from transformerlm.tokenizer.pretokenizer import as_text, pretokenize, to_bytes
 from transformerlm.tokenizer.special_tokens import SpecialTokens, split_special
-from transformerlm.tokenizer.specs import TokenizerTrainingSpec
+from transformerlm.tokenizer.specs import PatternName, TokenizerTrainingSpec
 from transformerlm.tokenizer.streams import batches
 from transformerlm.tokenizer.tokenizer import Tokenizer, num_cores
 from transformerlm.tokenizer.vocabulary import BYTES, Merge, check_special_tokens, trained_vocabulary
@@ -61,20 +61,20 @@ def train_tokenizer(
             f"the corpus yields only {len(merges)} of {num_merges} merges; give more text, or vocab_size = {reached}, "
             "or allow_smaller = true"
         )
-    return Tokenizer(trained_vocabulary(merges, spec.special_tokens))
+    return Tokenizer(trained_vocabulary(merges, spec.special_tokens, spec.pattern))
 
 
 def _count_and_learn(
     texts: Iterable[str | bytes], spec: TokenizerTrainingSpec, num_merges: int, progress: Progress, threads: int
 ) -> list[Merge]:
     special = SpecialTokens(dict.fromkeys(spec.special_tokens, 0), frozenset())
-    words: PlainCounter | WordCounter = PlainCounter(special)
+    words: PlainCounter | WordCounter = PlainCounter(special, spec.pattern)
     documents = dropped = 0
     for batch in batches(texts, LOT, LOT):
         work = TRAINING_WORK * sum(map(len, batch))
         if isinstance(words, PlainCounter) and readiness.pays(KERNELS, work):
             counted = words.words()
-            words = readiness.load(KERNELS).WordCounter(special, threads)
+            words = readiness.load(KERNELS).WordCounter(special, threads, spec.pattern)
             assert not isinstance(words, PlainCounter)
             words.count_words(counted)
         words.count(batch)
@@ -107,7 +107,8 @@ def wanted_merges(spec: TokenizerTrainingSpec) -> int:
 class PlainCounter:
     """How often each pre-token occurs; special tokens divide the text and are not counted."""
 
-    def __init__(self, special: SpecialTokens) -> None:
+    def __init__(self, special: SpecialTokens, pattern: PatternName = "gpt2") -> None:
+        self._pattern: PatternName = pattern
         self.counts: Counter[str] = Counter()
         self._special = special
 
@@ -117,7 +118,7 @@ class PlainCounter:
     def count(self, texts: Iterable[str | bytes]) -> None:
         for text in map(as_text, texts):
             for start, end, _ in split_special(text, self._special.names):
-                for words in pretokenize(text, start, end):
+                for words in pretokenize(text, start, end, self._pattern):
                     self.counts.update(words)
 
     def drop_rare(self, most: int) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from trainkit.errors import UserError
+from transformerlm.tokenizer.specs import PatternName
 
 BYTES = tuple(bytes([value]) for value in range(256))
 
@@ -26,6 +27,8 @@ class Vocabulary:
     """Pairs in the order in which they merge."""
     special_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
     """Id of each token that stands outside the text and is matched whole."""
+    pattern: PatternName = "gpt2"
+    """How text is cut into pre-tokens."""
 
     @property
     def size(self) -> int:
@@ -40,11 +43,11 @@ class Vocabulary:
             if name not in special_tokens:
                 special_tokens[name] = next_id
                 next_id += 1
-        return Vocabulary(self.tokens, self.merges, special_tokens)
+        return replace(self, special_tokens=special_tokens)
 
     def content_hash(self) -> str:
         """SHA-256 of everything that decides which ids a text gets, and what ids mean."""
-        digest = hashlib.sha256(b"byte-level BPE, gpt2 pattern\n")
+        digest = hashlib.sha256(f"byte-level BPE, {self.pattern} pattern\n".encode())
         for token, token_id in sorted(self.tokens.items()):
             digest.update(f"{token_id} {token.hex()}\n".encode())
         for left, right in self.merges:
@@ -54,11 +57,13 @@ class Vocabulary:
         return digest.hexdigest()
 
 
-def trained_vocabulary(merges: Iterable[Merge], special_tokens: Iterable[str]) -> Vocabulary:
+def trained_vocabulary(
+    merges: Iterable[Merge], special_tokens: Iterable[str], pattern: PatternName = "gpt2"
+) -> Vocabulary:
     """The ids that we give: the 256 bytes by value, the merges in order, the special tokens last."""
     merges = tuple(merges)
     tokens = {token: index for index, token in enumerate([*BYTES, *(left + right for left, right in merges)])}
-    return Vocabulary(tokens, merges).with_special_tokens(special_tokens)
+    return Vocabulary(tokens, merges, pattern=pattern).with_special_tokens(special_tokens)
 
 
 def check_vocabulary(vocabulary: Vocabulary, source: str) -> None:

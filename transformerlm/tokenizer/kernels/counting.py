@@ -32,7 +32,8 @@ from transformerlm.tokenizer.kernels.machine import (
     load_word,
     store_word,
 )
-from transformerlm.tokenizer.kernels.scanning import MAX_STARTS, scan_gpt2
+from transformerlm.tokenizer.kernels.patterns import scan
+from transformerlm.tokenizer.kernels.scanning import MAX_STARTS
 
 LONG_LENGTH = np.uint64((1 << 56) - 1)
 LONGEST_WORD = 1 << 31
@@ -49,6 +50,7 @@ def length_of(high: np.uint64) -> int:
 def count_words(
     text: int,
     segments: Array,
+    pattern: int,
     weights: Array,
     classes: Array,
     slots: Array,
@@ -66,7 +68,7 @@ def count_words(
         end = segments[number, 1]
         weight = as_mask(weights[number])
         while place < end and status == DONE:
-            count = scan_gpt2(text, place, end, classes, starts)
+            count = scan(pattern, text, place, end, classes, starts)
             if 2 * (used[SLOTS_USED] + count) > slots.shape[0]:
                 status = NEEDS_SLOTS
                 break

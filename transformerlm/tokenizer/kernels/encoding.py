@@ -43,7 +43,8 @@ from transformerlm.tokenizer.kernels.machine import (
     store_32,
     store_word,
 )
-from transformerlm.tokenizer.kernels.scanning import MAX_STARTS, scan_gpt2
+from transformerlm.tokenizer.kernels.patterns import scan
+from transformerlm.tokenizer.kernels.scanning import MAX_STARTS
 
 # Why a kernel came back.
 DONE = 0
@@ -342,6 +343,7 @@ def copy_text(target: int, source: int, size: int) -> None:
 def encode(
     text: int,
     segments: Array,
+    pattern: int,
     classes: Array,
     byte_pairs: Array,
     pairs: Array,
@@ -377,7 +379,7 @@ def encode(
     while number < segments.shape[0] and status == DONE:
         end = segments[number, 1]
         while place < end and status == DONE:
-            count = scan_gpt2(text, place, end, classes, starts)
+            count = scan(pattern, text, place, end, classes, starts)
             if target + id_bytes * (starts[count - 1] - place) > limit:
                 status = NEEDS_OUTPUT
                 break

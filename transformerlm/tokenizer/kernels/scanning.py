@@ -41,6 +41,9 @@ from transformerlm.tokenizer.kernels.machine import (
 LETTER = 1
 NUMBER = 2
 WHITE = 4
+UPPER = 8
+LOWER = 16
+MARK = 32
 
 BATCH = 2048
 """Bytes to scan at a time: the starts, and what is computed from them, stay in the nearest cache."""
