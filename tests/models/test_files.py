@@ -14,6 +14,7 @@ import transformerlm
 from tests.models.checkpoints import SPEC, model, tokenizer, write_checkpoint
 from trainkit.artifacts import seal_directory
 from trainkit.errors import UserError
+from transformerlm.models import files
 from transformerlm.models.files import load_checkpoint, load_model, model_json, resolve_checkpoint
 
 
@@ -64,18 +65,65 @@ def test_paths_that_mean_nothing_are_refused_in_a_sentence(tmp_path: Path) -> No
     with pytest.raises(UserError, match="neither a checkpoint nor a run"):
         resolve_checkpoint(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="no best checkpoint yet"):
+    with pytest.raises(UserError, match="no intact checkpoint"):
         resolve_checkpoint(tmp_path)
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, 1)
-    weights = path / "model.safetensors"
-    data = bytearray(weights.read_bytes())
+def damage(step: Path, name: str = "model.safetensors") -> None:
+    """Flip one bit."""
+    data = bytearray((step / name).read_bytes())
     data[-5] ^= 1
-    weights.write_bytes(data)
+    (step / name).write_bytes(data)
+
+
+def test_a_damaged_step_folder_that_is_named_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 1)
+    path = write_checkpoint(tmp_path, 2)
+    damage(path)
     with pytest.raises(UserError, match=r"model\.safetensors"):
         load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "place", "used", "named"),
+    [
+        ([15], ".", 10, [15]),
+        ([15], "checkpoints/latest", 10, [15]),
+        ([10], "checkpoints", 15, [10]),
+        ([10], "checkpoints/best", 15, [10]),
+        ([10], "checkpoints/latest", 15, []),
+        ([10, 15], "checkpoints/best", 5, [15, 10]),
+        ([5], ".", 10, []),
+    ],
+)
+def test_a_damaged_checkpoint_of_a_run_is_named_and_the_newest_intact_one_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: list[int], place: str, used: int, named: list[int]
+) -> None:
+    """Of three checkpoints, of which the second is the best."""
+    steps = {step: write_checkpoint(tmp_path, step, best=min(step, 10)) for step in (5, 10, 15)}
+    for step in damaged:
+        damage(steps[step])
+    assert load_checkpoint(tmp_path / place).path == steps[used]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * len(named)
+    for record, step in zip(caplog.records, named, strict=True):
+        assert f"{steps[step]} is damaged: " in record.getMessage()
+
+
+def test_a_run_without_an_intact_checkpoint_is_refused(tmp_path: Path) -> None:
+    damage(write_checkpoint(tmp_path, 1))
+    for path in (tmp_path, tmp_path / "checkpoints" / "latest", tmp_path / "checkpoints" / "best"):
+        with pytest.raises(UserError, match="no intact checkpoint"):
+            load_model(path)
+
+
+def test_a_checkpoint_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verified: list[Path] = []
+    monkeypatch.setattr(files, "verify_directory", verified.append)
+    old, newest = write_checkpoint(tmp_path, 5), write_checkpoint(tmp_path, 7, best=7)
+    for path, hashed in ((old, [old]), (tmp_path, [newest]), (tmp_path / "checkpoints" / "best", [newest])):
+        verified.clear()
+        load_model(path)
+        assert verified == hashed
 
 
 def test_a_tokenizer_of_another_size_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Training writes the directory and seals it with a manifest; whoever loads needs 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ from transformerlm.utils.dtypes import resolve_device
 MODEL_JSON = "model.json"
 _WEIGHTS: Mapping[WeightsName, str] = {"raw": "model.safetensors", "ema": "ema.safetensors"}
 _STEP = re.compile(r"step-(\d{8,})")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,6 @@ def load_checkpoint(
     Raises `UserError` for a path that is none, a damaged file, or parts that do not fit together.
     """
     directory = resolve_checkpoint(path)
-    verify_directory(directory)
     spec, vocab_size = read_model_json(directory)
     tokenizer = Tokenizer.load(directory / "tokenizer")
     if tokenizer.vocab_size != vocab_size:
@@ -110,42 +111,55 @@ def load_checkpoint(
 
 
 def resolve_checkpoint(path: Path | str) -> Path:
-    """The step folder that `path` means: itself, or of a run (or its `checkpoints`) the best, else the newest.
+    """The intact step folder that `path` means: itself, or of a run (or its `checkpoints`) the best, else the newest.
 
     `…/checkpoints/best` and `…/checkpoints/latest` are worked out anew from the folders that are there: the links of
-    these names are for people, and may be stale.
+    these names are for people, and may be stale. Of a run, a damaged checkpoint is logged as a warning, and the newest
+    intact one takes its place. Raises `UserError` for a path that means none, and for a damaged step folder.
     """
     path = Path(path)
-    wanted = ("best", "latest")
-    if path.name in wanted and path.parent.name == "checkpoints":
-        root, wanted = path.parent, (path.name,)
-    elif (path / MODEL_JSON).is_file() or (path / MANIFEST).is_file():
+    is_link = path.name in ("best", "latest") and path.parent.name == "checkpoints"
+    if not is_link and ((path / MODEL_JSON).is_file() or (path / MANIFEST).is_file()):
+        verify_directory(path)
         return path.resolve()
-    else:
-        root = path if path.name == "checkpoints" else path / "checkpoints"
+    root = path.parent if is_link else path if path.name == "checkpoints" else path / "checkpoints"
     if not root.is_dir():
         what = "is neither a checkpoint nor a run" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}; name a step folder, a run folder, or …/checkpoints/best or latest")
-    for name in wanted:
-        if (found := _find(root, name)) is not None:
-            return found.resolve()
-    raise UserError(
-        f"{root} holds no {wanted[0]} checkpoint" + (" yet" if len(wanted) == 2 else "; try the run folder")
-    )
-
-
-def _find(root: Path, which: str) -> Path | None:
-    steps = {int(match[1]): p for p in root.iterdir() if (match := _STEP.fullmatch(p.name)) and (p / MANIFEST).exists()}
-    if not steps:
-        return None
-    newest = steps[max(steps)]
-    if which == "latest":
+    root = root.resolve()
+    newest = next(filter(_is_intact, _newest_first(root)), None)
+    if newest is None:
+        raise UserError(f"{root} holds no intact checkpoint; let the run save one")
+    if is_link and path.name == "latest":
         return newest
+    best = _best(newest)
+    if best is None and is_link:
+        raise UserError(f"{root} holds no best checkpoint; try the run folder")
+    return best if best is not None and (best == newest or _is_intact(best)) else newest
+
+
+def _newest_first(root: Path) -> list[Path]:
+    steps = {int(match[1]): path for path in root.iterdir() if (match := _STEP.fullmatch(path.name))}
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def _is_intact(step: Path) -> bool:
     try:
-        best = json.loads((newest / "trainer.json").read_text(encoding="utf-8"))["best"]
-        return steps.get(best["step"])
+        verify_directory(step)
+    except UserError as error:
+        _log.warning("%s; trying another checkpoint of the run", str(error).removesuffix("; use another copy"))
+        return False
+    return True
+
+
+def _best(newest: Path) -> Path | None:
+    """The step folder that the newest one remembers as the best, if it is still there."""
+    try:
+        step = json.loads((newest / "trainer.json").read_text(encoding="utf-8"))["best"]["step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    best = newest.with_name(f"step-{step:08d}")
+    return best if best.is_dir() else None
 
 
 def _changed(spec: ModelSpec, changes: Mapping[str, Any]) -> ModelSpec:
