@@ -48,6 +48,7 @@ class Report:
     """Nats per token."""
     perplexity: float
     bits_per_byte: float
+    """NaN for texts without a byte."""
     grammar: GrammarReport | None
     """Only for stories of the grammar."""
 
@@ -63,7 +64,7 @@ class GrammarReport:
     excess_nats: float
     """The same in nats per story."""
     standard_error: float
-    """Of `excess_nats`, over the stories."""
+    """Of `excess_nats`, over the stories; NaN for a single one."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(loaded: Loaded[EvalConfig], arguments: argparse.Namespace) -> None:
     report = evaluate_checkpoint(loaded.config.evaluation, loaded.config.data)
     if arguments.json:
-        print(json.dumps(as_json(report), indent=2, ensure_ascii=False))
+        print(json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False))
     else:
         print(table(report))
 
@@ -139,8 +140,10 @@ def evaluate_checkpoint(spec: CheckpointEvaluationSpec, data: EvaluationDataSpec
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as plain values; a table that does not apply is left out."""
-    content = dataclasses.asdict(report)
+    """The report as plain values: a table that does not apply is left out, a number that is not one is None."""
+    from trainkit.run_directory import finite
+
+    content = finite(dataclasses.asdict(report))
     return content if content["grammar"] else {name: value for name, value in content.items() if name != "grammar"}
 
 
@@ -160,11 +163,15 @@ def table(report: Report) -> str:
             ("grammar", f"{grammar.bits_per_byte:.4f} bits per byte: the best that any model can reach"),
             (
                 "excess",
-                f"{grammar.excess:.2%} ± {abs(share):.2%} above it "
-                f"({grammar.excess_nats:.2f} ± {grammar.standard_error:.2f} nats per story)",
+                f"{_measured(grammar.excess, abs(share), '.2%')} above it "
+                f"({_measured(grammar.excess_nats, grammar.standard_error, '.2f')} nats per story)",
             ),
         ]
     return "\n".join(f"{name:<15}{text}" for name, text in rows)
+
+
+def _measured(value: float, standard_error: float, form: str) -> str:
+    return f"{value:{form}} ± {standard_error:{form}}" if math.isfinite(standard_error) else f"{value:{form}}"
 
 
 def _beside_the_grammar(scores: Scores, stories: Sequence[str]) -> GrammarReport:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -77,7 +78,7 @@ def create_run_directory(
     so that a batch system can repeat the same command. Raises `UserError`.
     """
     path = Path(path)
-    config = json.loads(json.dumps(config_json))  # as it reads back: tuples are lists
+    config = json.loads(json.dumps(finite(config_json)))  # as it reads back: tuples are lists
     try:
         if not any((path / name).exists() for name in _MARKS_OF_A_RUN):
             path.mkdir(parents=True, exist_ok=True)
@@ -180,7 +181,16 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _publish_json(path: Path, content: Mapping[str, Any]) -> None:
-    publish_file(path, json.dumps(content, indent=1) + "\n")
+    publish_file(path, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for NaN and infinities, however deep: JSON has no such numbers."""
+    if isinstance(value, Mapping):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _describe_git() -> dict[str, Any] | None:

@@ -41,7 +41,11 @@ def call(run: Path, *arguments: str) -> int:
 
 def report(run: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert call(run, "--json", *arguments) == 0
-    return json.loads(capsys.readouterr().out)
+
+    def refuse(name: str) -> None:
+        pytest.fail(f"{name} is not JSON")
+
+    return json.loads(capsys.readouterr().out, parse_constant=refuse)
 
 
 def test_the_numbers_are_those_of_the_documents(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +80,15 @@ def test_every_kind_of_data_gives_the_same(run: Path, tmp_path: Path, capsys: py
             assert result[name] == pytest.approx(expected[name]), arguments
         assert ("grammar" in result) == ("data.kind=files" not in arguments)
     assert report(run, capsys, "evaluation.max_documents=1")["documents"] == 1
+
+
+def test_what_one_document_cannot_tell_is_null(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grammar = report(run, capsys, "evaluation.max_documents=1")["grammar"]
+    assert grammar["standard_error"] is None and grammar["excess_nats"] > 0
+    assert call(run, "evaluation.max_documents=1") == 0
+    assert "nan" not in capsys.readouterr().out
+    write_tokens(tmp_path / "empty", corpus="files", made_with="", texts=[""])
+    assert report(run, capsys, "data.kind=tokens", f"data.prefix={tmp_path / 'empty'}")["bits_per_byte"] is None
 
 
 def test_the_table_is_for_people(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,3 +220,14 @@ def test_status_and_summary_are_replaced_whole(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["status.json", "summary.json"]
     (tmp_path / "status.json").write_text("{")
     assert read_status(tmp_path) == {}
+
+
+def test_a_number_that_json_lacks_is_written_as_null(tmp_path: Path) -> None:
+    write_summary(tmp_path, {"loss": float("nan"), "best": {"value": [1.5, float("-inf")]}})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"loss": None, "best": {"value": [1.5, None]}}
+
+
+def test_a_run_with_an_infinite_setting_resumes(tmp_path: Path) -> None:
+    config = with_setting("training.gradient_clip", float("inf"))
+    for resume in (False, True):
+        create_run_directory(tmp_path / "a", config_json=config, resume=resume)
