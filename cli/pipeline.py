@@ -123,15 +123,16 @@ def make_token_files(
 
 def train_model(loaded: Loaded[TrainConfig], root: Path, *, force: bool, verify: bool) -> int:
     """Train, go on training, or find that it is done; returns the exit code."""
-    from cli.training import EXIT_CODES, is_finished, run_directory, set_aside, train_from_config
+    from cli.training import EXIT_CODES, is_finished, run_directory, train_from_config
     from trainkit.artifacts import publish_file, verify_directory
+    from trainkit.run_directory import set_aside
 
     config, toml = loaded.config, to_toml(loaded)
     directory = run_directory(config)
     publish_file(root / "train.toml", toml)
     if force:
         set_aside(directory)
-    if is_finished(directory, config):
+    if is_finished(config):
         _say("training", f"{directory} is finished")
         if verify:
             verify_directory(directory / "checkpoints" / "latest")
@@ -144,10 +145,10 @@ def train_model(loaded: Loaded[TrainConfig], root: Path, *, force: bool, verify:
 def report(config: TrainConfig) -> None:
     """Score the best checkpoint and tell stories with it, unless `summary.json` says it all; then show it."""
     from cli.training import run_directory
-    from trainkit.run_directory import write_summary
+    from trainkit.run_directory import read_summary, write_summary
 
     directory = run_directory(config)
-    summary: dict[str, Any] = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    summary = read_summary(directory)
     if "stories" not in summary:
         if config.data.megatron_val_prefix:
             summary |= _score(config, directory)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Generator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +20,8 @@ from trainkit.checkpoints import CheckpointStore, find_newest_intact, load_snaps
 from trainkit.data.megatron import IndexedTokens
 from trainkit.data.prefetch import prefetch
 from trainkit.data.windows import MegatronSource
-from trainkit.distribution import World, choose_device, open_world, sum_over_ranks, wait_for_all, widest_float
-from trainkit.errors import EXIT_NON_FINITE, EXIT_REQUEUE, UserError
+from trainkit.distribution import World, choose_device, main_first, open_world, sum_over_ranks, widest_float
+from trainkit.errors import EXIT_NON_FINITE, EXIT_REQUEUE, EXIT_USAGE, UserError
 from trainkit.interrupts import Interrupts, catch_interrupts
 from trainkit.logging.run_log import FileLog, NullLog, open_run_log
 from trainkit.loop import DataState, Result, Run, samples_per_step, train
@@ -31,6 +31,8 @@ from trainkit.run_directory import (
     Status,
     changed_settings,
     create_run_directory,
+    hold_run_directory,
+    read_config,
     read_status,
     write_status,
     write_summary,
@@ -67,11 +69,14 @@ def train_from_config(config: TrainConfig, *, config_toml: str | None = None, re
     """Train (or go on training) the run that `config` describes; every rank calls it."""
     config = for_this_machine(config)
     ingredients = open_ingredients(config)
-    with open_world(config.training) as world, catch_interrupts() as interrupts:
-        directory = run_directory(config)
-        if world.is_main:
-            create_run_directory(directory, config_json=resolved(config), config_toml=config_toml, resume=resume)
-        wait_for_all(world)
+    directory = run_directory(config)
+    with open_world(config.training) as world, catch_interrupts() as interrupts, ExitStack() as held:
+
+        def claim() -> None:
+            held.enter_context(hold_run_directory(directory))
+            create_run_directory(directory, config_json=recorded(ingredients), config_toml=config_toml, resume=resume)
+
+        main_first(claim, world)
         with _status_of(directory, world) as report:
             result = _train(ingredients, directory, world, interrupts)
             report(result)
@@ -79,11 +84,23 @@ def train_from_config(config: TrainConfig, *, config_toml: str | None = None, re
 
 
 def for_this_machine(config: TrainConfig) -> TrainConfig:
-    """The configuration with `auto` replaced where it decides about numbers: a run must not change them unnoticed when
-    it resumes on another machine."""
+    """Replace `auto` where it decides about numbers; a run that exists keeps what it began with, wherever it resumes."""
+    if config.training.precision != "auto":
+        return config
+    began_with = read_config(run_directory(config)).get("training", {}).get("precision")
     device = choose_device(config.training.device, local_rank=0)
-    precision = resolve_precision(config.training.precision, device)
+    precision = began_with or resolve_precision("auto", device)
     return config.model_copy(update={"training": replace(config.training, precision=precision)})
+
+
+def recorded(ingredients: Ingredients) -> dict[str, Any]:
+    """What `config.json` holds: every setting, and the identity of what the paths among them led to."""
+    inputs = {
+        "tokenizer": ingredients.tokenizer.content_hash,
+        "train": ingredients.train_tokens.identity,
+        "val": ingredients.val_tokens.identity if ingredients.val_tokens else "",
+    }
+    return {**resolved(ingredients.config), "inputs": inputs}
 
 
 def open_ingredients(config: TrainConfig) -> Ingredients:
@@ -95,7 +112,22 @@ def open_ingredients(config: TrainConfig) -> Ingredients:
     for tokens in (train_tokens, val_tokens):
         if tokens is not None:
             _check_tokenizer(tokens, tokenizer, config.tokenizer.path)
-    return Ingredients(config, tokenizer, train_tokens, val_tokens)
+    ingredients = Ingredients(config, tokenizer, train_tokens, val_tokens)
+    _source(ingredients, rank=0, world_size=1)  # refuses text that is too short
+    _check_prompts(config, tokenizer)
+    return ingredients
+
+
+def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """The samples come at the end of a long run; whether their prompts fit is known now."""
+    longest = max((tokenizer.count(prompt, allowed_special="none") for prompt in config.inference.prompts), default=0)
+    limit = config.inference.total_length or config.model.context_length
+    if longest >= limit:
+        raise UserError(
+            f"a prompt of inference.prompts has {longest} tokens, but inference.total_length leaves room for less than "
+            f"{limit} of prompt and continuation; shorten the prompt",
+            EXIT_USAGE,
+        )
 
 
 def _check_tokenizer(tokens: IndexedTokens, tokenizer: Tokenizer, path: str) -> None:
@@ -114,7 +146,7 @@ def _train(ingredients: Ingredients, directory: Path, world: World, interrupts: 
     store = CheckpointStore(
         directory / "checkpoints", config.checkpoint, _asset_writer(config, tokenizer), notes.append
     )
-    newest = find_newest_intact(store)
+    newest = main_first(lambda: find_newest_intact(store), world)
     snapshot = load_snapshot(newest) if newest else None
     offset = snapshot.trainer["log_offset"] if snapshot else 0
     with closing(_open_log(directory, config, offset, world)) as log:
@@ -138,20 +170,7 @@ def _compose(
     ingredients: Ingredients, store: CheckpointStore, world: World, log: FileLog | NullLog, interrupts: Interrupts
 ) -> Run:
     config, tokenizer = ingredients.config, ingredients.tokenizer
-    facts = RunFacts(
-        unit_name="tokens",
-        units_per_sample=config.model.context_length,
-        flops_per_unit=flops_per_token(config.model, tokenizer.vocab_size),
-    )
-    source = MegatronSource(
-        data=ingredients.train_tokens,
-        context_length=config.model.context_length,
-        samples_per_step=samples_per_step(config.training, facts),
-        device_batch_size=config.training.device_batch_size,
-        seed=config.run.seed,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    source = _source(ingredients, rank=world.rank, world_size=world.size)
     return Run(
         model=create_model(config.model, vocab_size=tokenizer.vocab_size, seed=config.run.seed),
         task=build_objective(config.objective, config.model),
@@ -161,11 +180,32 @@ def _compose(
         schedule=config.schedule,
         world=world,
         log=log,
-        facts=facts,
+        facts=_facts(config, tokenizer),
         checkpoints=store,
         evaluate=_evaluator(ingredients, world),
-        sample=_sampler(config, tokenizer, log) if world.is_main else None,
+        sample=_sampler(config, tokenizer, log) if world.is_main and config.inference.prompts else None,
         stop_requested=lambda: interrupts.requested,
+    )
+
+
+def _facts(config: TrainConfig, tokenizer: Tokenizer) -> RunFacts:
+    return RunFacts(
+        unit_name="tokens",
+        units_per_sample=config.model.context_length,
+        flops_per_unit=flops_per_token(config.model, tokenizer.vocab_size),
+    )
+
+
+def _source(ingredients: Ingredients, *, rank: int, world_size: int) -> MegatronSource:
+    config = ingredients.config
+    return MegatronSource(
+        data=ingredients.train_tokens,
+        context_length=config.model.context_length,
+        samples_per_step=samples_per_step(config.training, _facts(config, ingredients.tokenizer)),
+        device_batch_size=config.training.device_batch_size,
+        seed=config.run.seed,
+        rank=rank,
+        world_size=world_size,
     )
 
 
@@ -256,8 +296,9 @@ def _status_of(directory: Path, world: World) -> Generator[Callable[[Result], No
         return
 
     def report(result: Result) -> None:
-        write_status(directory, STATUS[result.status], step=result.step)
+        # The status last: it says that everything is there.
         write_summary(directory, {"status": result.status, "step": result.step, "best": result.best})
+        write_status(directory, STATUS[result.status], step=result.step)
 
     try:
         yield report
@@ -267,20 +308,11 @@ def _status_of(directory: Path, world: World) -> Generator[Callable[[Result], No
         raise
 
 
-def is_finished(directory: Path, config: TrainConfig) -> bool:
-    """Whether the run in `directory` is done and was made with this configuration, but for what may change."""
+def is_finished(config: TrainConfig) -> bool:
+    """Whether the run is done and was made with this configuration and these inputs, but for what may change."""
+    directory = run_directory(config)
     if read_status(directory).get("status") != "finished":
         return False
-    try:
-        old = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    new = json.loads(json.dumps(resolved(for_this_machine(config))))
-    return not changed_settings(old, new, MAY_CHANGE)
-
-
-def set_aside(directory: Path) -> None:
-    """Rename a run directory out of the way: nothing that was computed is ever deleted."""
-    if directory.exists():
-        number = next(n for n in count(1) if not directory.with_name(f"{directory.name}.before-{n}").exists())
-        directory.rename(directory.with_name(f"{directory.name}.before-{number}"))
+    began_with = read_config(directory)
+    now = json.loads(json.dumps(recorded(open_ingredients(for_this_machine(config)))))
+    return not changed_settings(began_with, now, MAY_CHANGE)

@@ -55,6 +55,8 @@ class CheckpointStore:
     """Adds the run's own files (a model's description, its tokenizer) to a checkpoint being written."""
     report: Callable[[str], None] = print
     """Tells a person what happened, one sentence at a time."""
+    saved: Callable[[int], None] = lambda step: None
+    """Called with the step of each checkpoint once it is there."""
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -89,7 +91,7 @@ def save_checkpoint(store: CheckpointStore, snapshot: Snapshot) -> Path:
         _write_tensors(directory / _MODEL, snapshot.model)
         if snapshot.average:
             _write_tensors(directory / _AVERAGE, snapshot.average)
-        if snapshot.optimizer and store.spec.save_optimizer:
+        if snapshot.optimizer:
             _write_tensors(directory / _OPTIMIZER, snapshot.optimizer)
             index = dict.fromkeys(sorted(snapshot.optimizer), _OPTIMIZER)
             (directory / _OPTIMIZER_INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
@@ -100,6 +102,7 @@ def save_checkpoint(store: CheckpointStore, snapshot: Snapshot) -> Path:
     best_step = snapshot.trainer.get("best", {}).get("step")
     _update_links(store.root, path, best_step)
     _prune(store, newest=step, best=best_step)
+    store.saved(step)
     return path
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainkit.errors import EXIT_USAGE, UserError
 from trainkit.specs import TrainingSpec
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,28 @@ def sum_over_ranks(values: Mapping[str, Tensor], world: World) -> dict[str, Tens
     if world.size > 1:
         dist.all_reduce(stacked)
     return dict(zip(names, stacked.unbind(), strict=True))
+
+
+def main_first(action: Callable[[], T], world: World) -> T:
+    """Run `action` on the first rank and give its result (anything that pickles) to all.
+
+    A `UserError` there ends every rank with its exit code; only the first one says why.
+    """
+    if world.control_group is None:
+        return action()
+    outcome: list[Any] = [None, 0]
+    error: UserError | None = None
+    if world.is_main:
+        try:
+            outcome[0] = action()
+        except UserError as problem:
+            error, outcome[1] = problem, problem.exit_code
+    dist.broadcast_object_list(outcome, src=0, group=world.control_group)
+    if error is not None:
+        raise error
+    if outcome[1]:
+        raise SystemExit(outcome[1])
+    return outcome[0]
 
 
 def any_rank(flag: bool, world: World) -> bool:

@@ -19,11 +19,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from profiling import nvtx
 from trainkit.averaging import averaged_weights, start_average, update_average
 from trainkit.checkpoints import CheckpointStore, Snapshot, load_model_tensors, model_tensors, save_checkpoint
 from trainkit.distribution import Replica, World, any_rank, replicate, wait_for_all
 from trainkit.errors import EXIT_USAGE, UserError
-from trainkit.meter import Meter
+from trainkit.meter import Meter, Totals, means
 from trainkit.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from trainkit.precision import autocast_context, build_scaler
 from trainkit.preflight import describe, estimate_run
@@ -136,20 +137,26 @@ def _run_steps(run: Run, state: _State, steps: Iterable[tuple[list[Batch], DataS
         is_stopping = any_rank(run.stop_requested(), run.world) and not is_last
         logs = _due(state, training.log_every, is_last)
         evaluates = validates and _due(state, training.eval_every, is_last)
+        samples = _due(state, training.sample_every, is_last)
         saves = _due(state, training.save_every, is_last or is_stopping)
-        # Non-finite numbers are looked for wherever the device is waited for anyway, and before anything is kept.
-        if (logs or evaluates or saves) and not _is_finite(run, state):
+        if not (logs or evaluates or samples or saves):
+            continue
+        # The device is waited for here, and only here: look for non-finite numbers before anything is kept.
+        totals = state.meter.totals()
+        if not _is_finite(run, state, means(totals)):
             return "non-finite"
         if logs:
-            run.log.write(_training_record(run, state, clock))
+            run.log.write(_training_record(run, state, means(totals), clock))
+            state.meter.clear()
+            totals = {}
         if evaluates and _validate(run, state, clock):
             saves = True
-        if run.sample is not None and _due(state, training.sample_every, is_last):
-            with clock.paused(), _evaluation_weights(state):
-                run.sample(state.replica.module, state.step)
+        if samples:
+            with clock.paused():
+                _sample(run, state)
         if saves and run.checkpoints is not None:
             with clock.paused():
-                _save(run, run.checkpoints, state)
+                _save(run, run.checkpoints, state, totals, is_stopping=is_stopping)
         if is_stopping:
             return "preempted"
         if is_last:
@@ -185,14 +192,15 @@ def _start(run: Run, resume: Snapshot | None) -> _State:
         meter=Meter(run.world),
     )
     if resume is not None:
-        if not resume.optimizer:
+        trainer = resume.trainer
+        if not resume.optimizer and trainer["step"] < run.training.max_steps:
             raise UserError(
-                "the checkpoint holds no optimizer state (it was saved with checkpoint.save_optimizer = false)"
+                f"the checkpoint of step {trainer['step']} holds no optimizer state, because the run has "
+                "checkpoint.save_optimizer = false: it cannot go on; start a new run"
             )
         load_optimizer_tensors(state.optimizer, model, resume.optimizer)
         for name in state.average.keys() & resume.average.keys():
             state.average[name].copy_(resume.average[name])
-        trainer = resume.trainer
         state.step, state.data, state.best = trainer["step"], trainer["data"], trainer["best"] or None
         state.scaler.load_state_dict(trainer["scaler"])
         state.meter.load_totals(trainer["open_metrics"])
@@ -230,11 +238,12 @@ def _take_step(run: Run, state: _State, micro_batches: list[Batch]) -> None:
         autocast=_autocast(run),
         scale=state.scaler.scale,
     )
-    state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(state.replica.module.parameters(), training.gradient_clip or math.inf)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
+    with nvtx.range("optimizer"):
+        state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(state.replica.module.parameters(), training.gradient_clip or math.inf)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
     if training.ema_decay:
         update_average(state.average, state.replica.module, training.ema_decay, state.step + 1)
     share = 1.0 / run.world.size  # every rank holds the same norm
@@ -251,11 +260,11 @@ def _due(state: _State, every: int, regardless: bool) -> bool:
     return regardless or (every > 0 and state.step % every == 0)
 
 
-def _is_finite(run: Run, state: _State) -> bool:
+def _is_finite(run: Run, state: _State, metrics: Mapping[str, float]) -> bool:
     """Whether every metric since the last record is finite; a scaler may skip steps whose gradient overflowed."""
     bad = [
         name
-        for name, value in state.meter.read().items()
+        for name, value in metrics.items()
         if not math.isfinite(value) and not (name == "gradient_norm" and state.scaler.is_enabled())
     ]
     if bad:
@@ -266,9 +275,7 @@ def _is_finite(run: Run, state: _State) -> bool:
     return not bad
 
 
-def _training_record(run: Run, state: _State, clock: _Clock) -> dict[str, Any]:
-    metrics = state.meter.read()
-    state.meter.clear()
+def _training_record(run: Run, state: _State, metrics: Mapping[str, float], clock: _Clock) -> dict[str, Any]:
     record: dict[str, Any] = {"kind": "train", "step": state.step, **metrics}
     record["learning_rate"] = state.optimizer.param_groups[0]["lr"]
     record[f"{run.facts.unit_name}_seen"] = state.step * run.training.total_batch_size
@@ -278,7 +285,7 @@ def _training_record(run: Run, state: _State, clock: _Clock) -> dict[str, Any]:
 def _validate(run: Run, state: _State, clock: _Clock) -> bool:
     """Evaluate, record it, and say whether this is the best so far."""
     assert run.evaluate is not None
-    with clock.paused(), _evaluation_weights(state):
+    with clock.paused(), _evaluation_mode(state), nvtx.range("evaluate"):
         values = dict(run.evaluate(state.replica.module, state.step))
     run.log.write({"kind": "eval", "step": state.step, **values})
     value = values.get(run.best_metric)
@@ -288,18 +295,28 @@ def _validate(run: Run, state: _State, clock: _Clock) -> bool:
     return True
 
 
-def _evaluation_weights(state: _State) -> AbstractContextManager[None]:
-    return averaged_weights(state.replica.module, state.average) if state.average else nullcontext()
+def _sample(run: Run, state: _State) -> None:
+    if run.sample is not None:
+        with _evaluation_mode(state):
+            run.sample(state.replica.module, state.step)
 
 
-def _save(run: Run, store: CheckpointStore, state: _State) -> None:
+@contextmanager
+def _evaluation_mode(state: _State) -> Generator[None]:
+    """The averaged weights, where kept, and no dropout."""
+    model = state.replica.module.eval()
+    with averaged_weights(model, state.average) if state.average else nullcontext():
+        yield
+    model.train()
+
+
+def _save(run: Run, store: CheckpointStore, state: _State, open_metrics: Totals, *, is_stopping: bool) -> None:
     """Checkpoint from the first rank; the others wait, so that all agree on what exists."""
-    open_metrics = state.meter.totals()
     if run.world.is_main:
-        samples = state.step * samples_per_step(run.training, run.facts)
+        model = state.replica.module
         trainer = {
             "step": state.step,
-            "samples": samples,
+            "samples": state.step * samples_per_step(run.training, run.facts),
             "data": state.data,
             "best": state.best or {},
             "max_steps": run.training.max_steps,
@@ -307,9 +324,12 @@ def _save(run: Run, store: CheckpointStore, state: _State) -> None:
             "open_metrics": open_metrics,
             "log_offset": run.log.offset,
         }
-        model = state.replica.module
-        snapshot = Snapshot(trainer, model_tensors(model), optimizer_tensors(state.optimizer, model), state.average)
-        state.checkpoint = save_checkpoint(store, snapshot)
+        # A run that was asked to stop will resume, whatever it keeps otherwise.
+        keeps_optimizer = store.spec.save_optimizer or is_stopping
+        optimizer = optimizer_tensors(state.optimizer, model) if keeps_optimizer else {}
+        with nvtx.range("save"):
+            snapshot = Snapshot(trainer, model_tensors(model), optimizer, state.average)
+            state.checkpoint = save_checkpoint(store, snapshot)
     wait_for_all(run.world)
 
 

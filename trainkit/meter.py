@@ -9,9 +9,16 @@ from torch import Tensor
 
 from trainkit.distribution import World, sum_over_ranks, widest_float
 
+Totals = Mapping[str, tuple[float, float]]
+
+
+def means(totals: Totals) -> dict[str, float]:
+    """Σ sum / Σ count of each metric that counted anything."""
+    return {name: total / count for name, (total, count) in totals.items() if count}
+
 
 class Meter:
-    """Adds `(sum, count)` pairs and reads them as Σ sum / Σ count, over ranks too.
+    """Adds `(sum, count)` pairs, on each rank its own.
 
     Its open sums belong to a checkpoint: a run that is interrupted between two records then writes the same next record
     as one that was not.
@@ -27,20 +34,17 @@ class Meter:
             before = self._sums.get(name)
             self._sums[name] = value if before is None else before + value
 
-    def read(self) -> dict[str, float]:
-        """The means over all ranks; waits for the device. Every rank must call it."""
-        return {name: total / count for name, (total, count) in self.totals().items() if count}
-
     def totals(self) -> dict[str, tuple[float, float]]:
-        """The sums and counts over all ranks. Every rank must call it."""
+        """`{name: (sum, count)}` over all ranks, which all must call it: one collective, one wait for the device."""
         parts = {f"{name}/{i}": value[i] for name, value in self._sums.items() for i in (0, 1)}
-        totals = {name: float(value) for name, value in sum_over_ranks(parts, self._world).items()}
-        return {name: (totals[f"{name}/0"], totals[f"{name}/1"]) for name in self._sums}
+        summed = sum_over_ranks(parts, self._world)
+        numbers = dict(zip(summed, torch.stack(list(summed.values())).tolist(), strict=True)) if summed else {}
+        return {name: (numbers[f"{name}/0"], numbers[f"{name}/1"]) for name in self._sums}
 
     def clear(self) -> None:
         self._sums.clear()
 
-    def load_totals(self, totals: Mapping[str, tuple[float, float]]) -> None:
+    def load_totals(self, totals: Totals) -> None:
         """Go on from what `totals` gave; the first rank carries it all."""
         share = 1.0 if self._world.is_main else 0.0
         self._sums = {

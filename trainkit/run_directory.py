@@ -10,6 +10,8 @@ The logs, plots and checkpoints beside them belong to `trainkit.logging`, `train
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -19,7 +21,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -45,6 +49,7 @@ MAY_CHANGE = (
     "training.save_every",
     "training.sample_every",
     "training.skip_validation",
+    "inference",
 )
 """Settings, and tables with all below them, that may differ when a run resumes: they decide what is seen and kept of
 it and where it runs, not which numbers it computes (beyond the order in which floats are added)."""
@@ -100,6 +105,39 @@ def create_run_directory(
     return path
 
 
+@contextmanager
+def hold_run_directory(path: Path | str) -> Generator[None]:
+    """Let no other process write the run while the block runs; it is released however this process ends.
+
+    `lockf` and not `flock`: the latter is inherited, and a data worker that outlives its killed parent would keep it.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / ".lock").open("wb")
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run directory {path}: {error.strerror or error}; choose another run.dir"
+        ) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # A file system without locks is no reason to refuse.
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"another process is training in {path}; wait for it or stop it") from None
+        yield
+
+
+def set_aside(path: Path | str) -> None:
+    """Rename a run directory out of the way, unless a process trains in it: nothing that was computed is deleted."""
+    path = Path(path)
+    if path.exists():
+        number = next(n for n in count(1) if not path.with_name(f"{path.name}.before-{n}").exists())
+        with hold_run_directory(path):
+            path.rename(path.with_name(f"{path.name}.before-{number}"))
+
+
 def write_status(path: Path | str, status: Status, *, step: int, message: str = "") -> None:
     """Replace `status.json`. Where exit codes get lost (under torchrun), it tells how the run ended."""
     _publish_json(Path(path) / "status.json", {"status": status, "step": step, "message": message, "time": time.time()})
@@ -107,16 +145,22 @@ def write_status(path: Path | str, status: Status, *, step: int, message: str = 
 
 def read_status(path: Path | str) -> dict[str, Any]:
     """What `write_status` wrote last; empty where nothing readable is."""
-    try:
-        status = json.loads((Path(path) / "status.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
+    return _read_object(Path(path) / "status.json")
 
 
 def write_summary(path: Path | str, summary: Mapping[str, Any]) -> None:
     """Replace `summary.json`, the result of a run as one flat object."""
     _publish_json(Path(path) / "summary.json", summary)
+
+
+def read_config(path: Path | str) -> dict[str, Any]:
+    """The settings that the run began with, or resumed with; empty where there is no run."""
+    return _read_object(Path(path) / "config.json")
+
+
+def read_summary(path: Path | str) -> dict[str, Any]:
+    """What `write_summary` wrote last; empty where nothing readable is."""
+    return _read_object(Path(path) / "summary.json")
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Sequence[str]) -> dict[str, str]:
@@ -167,6 +211,14 @@ def _check_same_run(path: Path, config: Mapping[str, Any], may_change: Sequence[
             f"restore these, or choose another run.name:{lines}",
             EXIT_USAGE,
         )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from profiling import nvtx
 from trainkit.distribution import Replica, World, sum_over_ranks, widest_float
 from trainkit.task import Batch, Task
 
@@ -40,9 +41,10 @@ def accumulate_gradients(
     for index, batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
         with nullcontext() if is_last else replica.no_sync():
-            with autocast():
+            with nvtx.range("forward"), autocast():
                 loss = task.loss(replica.forward, batch, denominators)
-            scale(loss.value).backward()
+            with nvtx.range("backward"):
+                scale(loss.value).backward()
         for name, (total, count) in loss.metrics.items():
             before = metrics.get(name)
             metrics[name] = (total, count) if before is None else (before[0] + total, before[1] + count)

@@ -18,6 +18,7 @@ import torch
 
 from cli import pipeline, train
 from trainkit.checkpoints import list_checkpoints
+from trainkit.interrupts import Interrupts
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -125,6 +126,59 @@ def test_another_configuration_does_not_continue_the_run(place: Path, capfd: pyt
     assert "training.max_steps: 2 -> 3" in err and "Traceback" not in err
 
 
+def test_a_finished_run_of_other_data_is_not_taken_for_this_one(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert pipeline.main([*SMALL, "--max-steps", "2"]) == 0
+    capfd.readouterr()
+    for change in ("corpus.seed=7", "corpus.num_val_stories=9", "tokenizer.vocab_size=500"):
+        assert pipeline.main([*SMALL, "--max-steps", "2", change]) == 2
+        err = capfd.readouterr().err
+        assert "inputs." in err and "run.name" in err and "Traceback" not in err
+    assert pipeline.main([*SMALL, "--max-steps", "2"]) == 0
+
+
+def test_what_fails_at_the_end_is_refused_at_the_beginning(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert pipeline.main([*SMALL, 'inference.prompts=["' + "word " * 80 + '"]']) == 2
+    assert "prompt" in capfd.readouterr().err
+    assert pipeline.main([*SMALL, "corpus.num_train_stories=1", "model.context_length=512"]) == 1
+    assert "shorter context_length" in capfd.readouterr().err
+    assert not (place / "runs").exists()
+    assert pipeline.main([*SMALL, "--max-steps", "2", "inference.prompts=[]"]) == 0
+
+
+def test_a_run_keeps_the_precision_it_began_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = [*SMALL, "--max-steps", "2", "training.precision=auto"]
+    for is_native in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=is_native: answer)
+        assert pipeline.main(short) == 0
+    assert json.loads((place / "runs/small/config.json").read_text())["training"]["precision"] == "bf16"
+
+
+def test_a_missing_summary_is_made_again(place: Path) -> None:
+    assert pipeline.main([*SMALL, "--max-steps", "2"]) == 0
+    (place / "runs/small/summary.json").unlink()
+    assert pipeline.main([*SMALL, "--max-steps", "2"]) == 0
+    assert "stories" in json.loads((place / "runs/small/summary.json").read_text())
+
+
+def test_a_run_that_keeps_no_optimizer_resumes_after_an_interrupt_and_after_its_end(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lean = [*SMALL, "checkpoint.save_optimizer=false", "training.save_every=0", "training.eval_every=0"]
+    calls = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupts, "requested", property(lambda self: next(calls) >= 4))
+        assert pipeline.main(lean) == 75
+    assert json.loads((place / "runs/small/status.json").read_text()) | {"time": 0} == {
+        "status": "preempted",
+        "step": 5,
+        "message": "",
+        "time": 0,
+    }
+    assert pipeline.main(lean) == 0
+    assert train.main(["--config", "artifacts/quickstart/train.toml", "--resume"]) == 0
+
+
 def test_train_refuses_an_existing_run_and_files_of_another_tokenizer(
     place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +243,8 @@ def test_two_ranks_under_torchrun_train_the_same_model(place: Path) -> None:
     arguments = ["--config", "artifacts/quickstart/train.toml", "run.name=two"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, *arguments], cwd=place, env=environment, check=True, stdout=subprocess.DEVNULL)
+    again = subprocess.run([*command, *arguments], cwd=place, env=environment, capture_output=True, text=True)
+    assert again.returncode != 0 and again.stderr.count("--resume") == 1 and "RuntimeError" not in again.stderr
     one, two = (records(place / "runs" / name) for name in ("small", "two"))
     assert [r["step"] for r in one] == [r["step"] for r in two]
     for mine, theirs in zip(one, two, strict=True):
@@ -209,5 +265,5 @@ def test_real_text_by_overrides_of_the_shipped_configuration(place: Path, capfd:
     ]
     assert pipeline.main(["--config-name", "tinystories", *tiny, *files]) == 0
     capfd.readouterr()
-    assert infer.main(["inference.checkpoint=runs/small", "inference.prompt=Once upon a time"]) == 0
+    assert infer.main(["--checkpoint", "runs/small", "--prompt", "Once upon a time"]) == 0
     assert capfd.readouterr().out.startswith("Once upon a time")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -145,46 +142,6 @@ def test_a_resumed_log_continues_at_the_checkpoint(tmp_path: Path) -> None:
     text = (tmp_path / "log.txt").read_text()
     assert "begin" in text and "moved to metrics.attempt-1.jsonl" in text
     assert text.index("loss 1.9") < text.index("loss 1.8")  # the text keeps everything, in the order it happened
-
-
-def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
-    program = (
-        "import sys\n"
-        "from trainkit.errors import UserError\n"
-        "from trainkit.logging.run_log import FileLog\n"
-        "try: FileLog(__import__('pathlib').Path(sys.argv[1]), {}, continue_at=0)\n"
-        "except UserError as error: print(error)\n"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    log = FileLog(tmp_path, {})
-    log.message("mine")
-    refused = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "another process is training" in refused.stdout
-    assert messages(tmp_path) == ["mine"]
-    log.close()
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
-
-
-def test_a_worker_that_outlives_its_parent_does_not_hold_the_run(tmp_path: Path) -> None:
-    """A forked data worker inherits the descriptors of a parent that is then killed."""
-    program = (
-        "import os, sys, time, signal\n"
-        "from pathlib import Path\n"
-        "from trainkit.logging.run_log import FileLog\n"
-        "log = FileLog(Path(sys.argv[1]), {})\n"
-        "child = os.fork()\n"
-        "if child == 0: time.sleep(60)\n"
-        "print(child, flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        worker = int(parent.stdout.readline())
-        parent.wait()
-        try:
-            FileLog(tmp_path, {}).close()
-        finally:
-            os.kill(worker, 9)
 
 
 def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

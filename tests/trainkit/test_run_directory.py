@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from trainkit.run_directory import (
     MAY_CHANGE,
     changed_settings,
     create_run_directory,
+    hold_run_directory,
     read_status,
+    set_aside,
     write_status,
     write_summary,
 )
@@ -220,6 +223,58 @@ def test_status_and_summary_are_replaced_whole(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["status.json", "summary.json"]
     (tmp_path / "status.json").write_text("{")
     assert read_status(tmp_path) == {}
+
+
+HOLD = """
+import os, signal, sys, time
+from trainkit.errors import UserError
+from trainkit.run_directory import hold_run_directory
+try:
+    with hold_run_directory(sys.argv[1]):
+        if sys.argv[2] == "die":
+            child = os.fork()
+            if child == 0:
+                time.sleep(60)
+            print(child, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+except UserError as error:
+    print(error)
+"""
+
+
+def hold_elsewhere(path: Path, how: str = "leave") -> str:
+    done = subprocess.run([sys.executable, "-c", HOLD, path, how], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    return done.stdout.decode()
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with hold_run_directory(tmp_path / "run"):
+        assert "another process is training" in hold_elsewhere(tmp_path / "run")
+    assert hold_elsewhere(tmp_path / "run") == ""
+
+
+def test_a_live_run_is_not_set_aside(tmp_path: Path) -> None:
+    code = "import sys; from trainkit.run_directory import set_aside; set_aside(sys.argv[1])"
+    with hold_run_directory(tmp_path / "run"):
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True)
+    assert "another process is training" in done.stderr and (tmp_path / "run").exists()
+    set_aside(tmp_path / "run")
+    assert (tmp_path / "run.before-1").exists() and not (tmp_path / "run").exists()
+    set_aside(tmp_path / "run")
+
+
+def test_a_worker_that_outlives_its_parent_does_not_hold_the_run(tmp_path: Path) -> None:
+    """A forked data worker inherits the descriptors of a parent that is then killed."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path), "die"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.wait()
+        try:
+            with hold_run_directory(tmp_path):
+                pass
+        finally:
+            os.kill(worker, 9)
 
 
 def test_a_number_that_json_lacks_is_written_as_null(tmp_path: Path) -> None:

@@ -7,16 +7,12 @@ with closing(open_run_log(directory, spec, total_steps=1000) if world.is_main el
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from trainkit.artifacts import remove_leftovers
-from trainkit.errors import UserError
 from trainkit.logging.console import console_sink
 from trainkit.logging.csv import CSV_FILE, CsvSink
 from trainkit.logging.jsonl import METRICS_FILE, MetricsFile
@@ -28,7 +24,6 @@ from trainkit.logging.tensorboard import TENSORBOARD_DIRECTORY, TensorboardSink
 from trainkit.specs import LoggingSpec
 
 TEXT_FILE = "log.txt"
-LOCK_FILE = ".lock"
 CLOSE_SECONDS = 30.0
 """The most that views may hold up the end of a run, all of them together."""
 
@@ -52,7 +47,6 @@ class FileLog:
     """Writes each record to `metrics.jsonl` and `log.txt` at once, then hands it to the sinks."""
 
     def __init__(self, directory: Path, sinks: Mapping[str, SinkOpener], *, continue_at: int | None = None) -> None:
-        self._lock = _lock(directory / LOCK_FILE)
         remove_leftovers(directory)
         self._metrics = MetricsFile(directory / METRICS_FILE)
         self._text_path = directory / TEXT_FILE
@@ -90,7 +84,6 @@ class FileLog:
         for problem in [problem for sink in sinks for problem in sink.problems()]:
             self.message(problem)
         self._metrics.close()
-        self._lock.close()
 
     def _record(self, record: Record) -> None:
         self._step = int(record["step"] or 0)
@@ -127,25 +120,6 @@ def _last_step(metrics_path: Path) -> int:
     with suppress(ValueError):
         return int(decode_record(last_line[0])["step"] or 0) if last_line else 0
     return 0
-
-
-def _lock(path: Path) -> BinaryIO:
-    """Hold the run directory until the file is closed or the process is gone, however it went.
-
-    `lockf` and not `flock`: the latter is inherited, and a data worker that outlives its killed parent would keep it.
-    """
-    try:
-        file = path.open("wb")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another run.dir") from error
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # A file system without locks is no reason to refuse.
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            raise UserError(f"another process is training in {path.parent}; wait for it or stop it") from None
-    return file
 
 
 def _next_step(metrics: Path, continue_at: int | None) -> int:
