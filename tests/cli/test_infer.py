@@ -38,6 +38,11 @@ def test_it_prints_the_prompt_and_its_continuation(run: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == f"the cat{expected}\n"
 
 
+def test_the_shipped_settings_suit_any_context(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert infer.main(["--ckpt", str(run), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("Once upon a time")
+
+
 def test_samples_are_told_apart(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(run, "--prompt", "the cat", "inference.num_samples=3") == 0
     samples = capsys.readouterr().out.removesuffix("\n").split(f"\n{infer.SEPARATOR}\n")
