@@ -84,7 +84,7 @@ def train_from_config(config: TrainConfig, *, config_toml: str | None = None, re
 
 
 def for_this_machine(config: TrainConfig) -> TrainConfig:
-    """Replace `auto` where it decides about numbers; a run that exists keeps what it began with, wherever it resumes."""
+    """Replace `auto` where it decides about numbers; a run that exists keeps what it began with."""
     if config.training.precision != "auto":
         return config
     began_with = read_config(run_directory(config)).get("training", {}).get("precision")
