@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from trainkit.optimizers import split_parameters
 from transformerlm.models.build import create_model
 from transformerlm.models.cache import KeyValueCache
 from transformerlm.models.sizes import flops_per_token, num_parameters
@@ -269,6 +270,16 @@ def test_padded_ids_have_no_logits_and_get_no_gradient(tied: bool) -> None:
     for table in [model.embedding] if model.output is None else [model.embedding, model.output]:
         assert table.weight.grad is not None and not table.weight.grad[VOCAB:].any()
         assert not table.weight[VOCAB:].any()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_optimizers_take_embedding_and_head_for_tables(tied: bool) -> None:
+    """Neither decays, and Muon orthogonalises neither."""
+    model = small_model(tie_embeddings=tied)
+    matrices, others = ({name for name, _ in part} for part in split_parameters(model))
+    assert matrices and all(name.startswith("blocks.") for name in matrices)
+    assert {"embedding.weight"} | (set() if tied else {"output.weight"}) <= others
+    assert tied or model.state_dict()["output.weight"].shape == (128, 32)
 
 
 def test_readout_gets_the_hidden_states_and_the_head() -> None:

@@ -44,7 +44,9 @@ class Transformer(nn.Module):
         self.rope = Rope(spec)
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.num_layers))
         self.norm = RMSNorm(spec.d_model, spec.norm_eps)
-        self.output = None if spec.tie_embeddings else Linear(spec.d_model, padded, bias=False)
+        # A table like the embedding, not a `Linear`: optimizers tell tables, which neither decay nor are orthogonalised
+        # by Muon, by their module's type.
+        self.output = None if spec.tie_embeddings else Embedding(padded, spec.d_model)
 
     @overload
     def forward(
@@ -108,8 +110,8 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states; the table's padding is multiplied (its width is fast) and cut off."""
-        table = self.embedding.weight if self.output is None else self.output.weight
-        logits = F.linear(hidden, table)[..., : self.vocab_size]
+        table = self.embedding if self.output is None else self.output
+        logits = F.linear(hidden, table.weight)[..., : self.vocab_size]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def init_std(self, name: str) -> float:
