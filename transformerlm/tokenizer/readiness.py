@@ -13,13 +13,10 @@ import importlib
 import os
 import sys
 import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from threading import RLock
 from types import ModuleType
-from typing import Any
 
 KERNELS = Path(__file__).parent / "kernels"
 
@@ -46,8 +43,7 @@ def load(name: str) -> ModuleType:
     """The module `transformerlm.tokenizer.<name>`, its kernels loaded or, where they have never been, compiled."""
     with _lock:
         if name not in _loaded:
-            with _numba_cache():
-                module = importlib.import_module(f"transformerlm.tokenizer.{name}")
+            module = importlib.import_module(f"transformerlm.tokenizer.{name}")
             if not _marker(name).exists():
                 place = cache_directory()
                 print(f"compiling the tokenizer's kernels, once on this machine; kept in {place}", file=sys.stderr)
@@ -92,15 +88,3 @@ def _cache_home() -> Path:
 def _marker(name: str) -> Path:
     """Exists once all kernels of `name` have been compiled."""
     return cache_directory() / f"{name}.compiled"
-
-
-@contextmanager
-def _numba_cache() -> Generator[None]:
-    """Let the functions that are decorated meanwhile use our directory; those of other packages keep theirs."""
-    config: Any = importlib.import_module("numba.core.config")
-    before = config.CACHE_DIR
-    config.CACHE_DIR = str(cache_directory())
-    try:
-        yield
-    finally:
-        config.CACHE_DIR = before

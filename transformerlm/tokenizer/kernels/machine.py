@@ -15,8 +15,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import config as numba_config
 from numba.extending import intrinsic as numba_intrinsic
 
+from transformerlm.tokenizer.readiness import cache_directory
+
+config: Any = numba_config
 Array: TypeAlias = Any
 """A NumPy array. Numba infers its type; NumPy's annotations do not tell a number from an array of them."""
 
@@ -29,7 +33,13 @@ ONE = np.uint64(1)
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile on first use, keep the result on disk, and let go of the interpreter's lock while running."""
-    return njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")(function)
+    # Numba asks where to keep it when a function is decorated; those of other packages keep their place.
+    others = config.CACHE_DIR
+    config.CACHE_DIR = str(cache_directory())
+    try:
+        return njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")(function)
+    finally:
+        config.CACHE_DIR = others
 
 
 def intrinsic(definition: Callable[..., Any]) -> Callable[..., Any]:

@@ -167,8 +167,7 @@ def contraction(text: int, place: int, end: int) -> int:
 def character(place: int, classes: Array) -> tuple[int, int]:
     """What the character at the address `place` is, and how many bytes it has.
 
-    A byte that is no valid UTF-8 is a character of its own and of no class. (A surrogate would be three such bytes;
-    taking them together makes no difference, since they have no class either way.)
+    A byte that is no valid UTF-8 is a character of its own and of no class.
     """
     first = load_byte(place)
     if first < 0x80:
@@ -179,7 +178,7 @@ def character(place: int, classes: Array) -> tuple[int, int]:
     third = load_byte(place + 2)
     if 0xE0 <= first < 0xF0 and second & 0xC0 == 0x80 and third & 0xC0 == 0x80:
         code = (first & 0x0F) << 12 | (second & 0x3F) << 6 | third & 0x3F
-        return (classes[code], 3) if code >= 0x800 else (0, 1)
+        return (classes[code], 3) if code >= 0x800 and not 0xD800 <= code < 0xE000 else (0, 1)
     fourth = load_byte(place + 3)
     if 0xF0 <= first < 0xF5 and second & 0xC0 == 0x80 and third & 0xC0 == 0x80 and fourth & 0xC0 == 0x80:
         code = (first & 0x07) << 18 | (second & 0x3F) << 12 | (third & 0x3F) << 6 | fourth & 0x3F
