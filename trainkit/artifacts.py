@@ -38,8 +38,9 @@ def publish_directory(
 ) -> Generator[Path]:
     """Yield a temporary directory; when the block ends well, it becomes `path`, sealed and durable.
 
-    On any exception (Ctrl-C included) nothing is left. `extra` is stored in the manifest. An existing `path` is an
-    error unless `replace`; it then stays valid until the instant the new one takes its place.
+    On any exception (Ctrl-C included) nothing is left; an `OSError` becomes a `UserError`. `extra` is stored in the
+    manifest. An existing `path` is an error unless `replace`; it then stays valid until the instant the new one takes
+    its place.
     """
     path = Path(path)
     if path.exists() and not replace:
@@ -48,12 +49,13 @@ def publish_directory(
     make_directory(path.parent)
     make_directory(temporary)
     try:
-        step_hook("write")
-        yield temporary
-        seal_directory(temporary, extra=extra)
-        step_hook("rename")
-        _move_into_place(temporary, path)
-        step_hook("renamed")
+        with explain_failed_writes(path):
+            step_hook("write")
+            yield temporary
+            seal_directory(temporary, extra=extra)
+            step_hook("rename")
+            _move_into_place(temporary, path)
+            step_hook("renamed")
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -64,15 +66,26 @@ def publish_file(path: Path | str, data: bytes | str) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{secrets.token_hex(4)}")
     try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        fsync_directory(path.parent)
+        with explain_failed_writes(path):
+            with temporary.open("wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync_directory(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def explain_failed_writes(path: Path | str) -> Generator[None]:
+    """An `OSError` of the block (a full disk, a limit, no permission) becomes one sentence about writing `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; free some space or choose another place") from error
 
 
 def make_directory(path: Path) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
@@ -149,7 +150,10 @@ def load_snapshot(path: Path) -> Snapshot:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    safetensors.torch.save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    try:
+        safetensors.torch.save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    except safetensors.SafetensorError as error:  # how the library reports a full disk, too
+        raise OSError(str(error)) from error
 
 
 def _update_links(root: Path, latest: Path, best_step: int | None) -> None:

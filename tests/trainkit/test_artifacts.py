@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -59,9 +62,33 @@ def test_a_failure_at_any_stage_leaves_nothing(tmp_path: Path, stage: str, monke
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(artifacts, "step_hook", fail)
-    with pytest.raises(OSError, match="No space"), publish_directory(tmp_path / "set") as temporary:
+    words = r"cannot write .*set: No space left on device; free some space"
+    with pytest.raises(UserError, match=words), publish_directory(tmp_path / "set") as temporary:
         fill(temporary)
     assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """No file may grow beyond `limit` bytes: the system refuses as it does when a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_write_that_the_system_refuses_is_one_sentence_and_leaves_what_was_there(tmp_path: Path) -> None:
+    publish_file(tmp_path / "f", "old")
+    with file_size_limit(10_000):
+        with pytest.raises(UserError, match=r"cannot write .*/f: File too large"):
+            publish_file(tmp_path / "f", bytes(20_000))
+        words = r"cannot write .*/set: File too large"
+        with pytest.raises(UserError, match=words), publish_directory(tmp_path / "set") as temporary:
+            (temporary / "a").write_bytes(bytes(20_000))
+    assert (tmp_path / "f").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
 @pytest.mark.parametrize("stage", ["write", "seal", "rename", "renamed"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,19 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_model_is_refused(tensors: dict[str, torch.Tensor], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         load_model_tensors(nn.Linear(3, 2), tensors, "runs/x")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoints_that_are_there(tmp_path: Path) -> None:
+    """Also where the tensors are written, by a library that has an exception of its own."""
+    place = store(tmp_path)
+    before = save_checkpoint(place, snapshot(1))
+    large = Snapshot({"step": 2, "best": {}}, {"a": torch.zeros(5_000)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*step-00000002: .*File too large.*free some space"):
+            save_checkpoint(place, large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert find_newest_intact(place) == before

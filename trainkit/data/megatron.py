@@ -27,8 +27,8 @@ import json
 import os
 import secrets
 import struct
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -181,7 +181,7 @@ class IndexedWriter:
         self._temporary = {k: self.prefix.with_name(f".{self.prefix.name}.{k}{mark}") for k in ("bin", "idx")}
         self._files: dict[str, BinaryIO] = {}
         try:
-            with _explained(self.prefix):
+            with artifacts.explain_failed_writes(self.prefix):
                 for kind, path in self._temporary.items():
                     self._files[kind] = _open_locked(path)
                 self._files["idx"].write(bytes(_HEADER.size))
@@ -209,7 +209,7 @@ class IndexedWriter:
             raise UserError(f"a document of {lengths.max()} tokens is too long for {self.prefix}.idx; split it")
         data = tokens.astype(self.dtype).tobytes()
         self._bin_hash.update(data)
-        with _explained(self.prefix):
+        with artifacts.explain_failed_writes(self.prefix):
             self._files["bin"].write(data)
             self._files["idx"].write(lengths.astype("<i4").tobytes())
         self.tokens += len(tokens)
@@ -221,7 +221,7 @@ class IndexedWriter:
     ) -> None:
         try:
             if error is None:
-                with _explained(self.prefix):
+                with artifacts.explain_failed_writes(self.prefix):
                     self._publish()
         finally:
             self._discard()
@@ -296,15 +296,6 @@ def _remove(prefix: Path) -> None:
     for path in (manifest_path(prefix), idx_path(prefix), bin_path(prefix)):
         path.unlink(missing_ok=True)
     artifacts.fsync_directory(prefix.parent)
-
-
-@contextmanager
-def _explained(prefix: Path) -> Generator[None]:
-    """A full disk or a folder without permission is for the user to fix."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {prefix}: {error.strerror}; make room or choose another place") from error
 
 
 def _remove_leftovers(prefix: Path) -> None:
