@@ -38,7 +38,7 @@ class MegatronSource:
     samples_per_step: int
     """B: samples of one step over all ranks."""
     device_batch_size: int
-    """Rows of every micro-batch."""
+    """Most rows of a micro-batch."""
     seed: int
     rank: int = 0
     world_size: int = 1
@@ -56,6 +56,11 @@ class MegatronSource:
     def windows(self) -> int:
         """Windows of one epoch."""
         return (len(self.data.tokens) - 1) // self.context_length
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of every micro-batch, the same for all ranks and steps: no more than the largest share fills."""
+        return min(self.device_batch_size, -(-self.samples_per_step // self.world_size))
 
     def window_of(self, samples: Int64Array) -> Int64Array:
         """Which window each global sample number [n] of the run reads, [n]."""
@@ -84,12 +89,12 @@ class MegatronSource:
         shares = (self.samples_per_step * share // self.world_size for share in (self.rank, self.rank + 1))
         begin, end = (first + share for share in shares)
         # A rank without a sample still takes part in the step's collectives, with one micro-batch that counts nothing.
-        fills = range(begin, max(end, begin + 1), self.device_batch_size)
+        fills = range(begin, max(end, begin + 1), self.rows)
         return [self._micro_batch(start, end, fallback=begin) for start in fills]
 
     def _micro_batch(self, start: int, end: int, *, fallback: int) -> Batch:
         """Samples from `start`, as many as fit and below `end`; the other rows repeat the sample `fallback`."""
-        sample = np.arange(start, start + self.device_batch_size, dtype=np.int64)
+        sample = np.arange(start, start + self.rows, dtype=np.int64)
         valid = sample < end
         sample[~valid] = fallback
         tokens, documents = gather_windows(self.data, self.window_of(sample) * self.context_length, self.context_length)
