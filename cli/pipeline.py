@@ -205,6 +205,8 @@ def _score(config: TrainConfig, directory: Path) -> dict[str, Any]:
 
 
 def _tell_stories(config: TrainConfig, directory: Path) -> list[str]:
+    if not config.inference.prompts:
+        return []
     from transformerlm.inference.predictor import Predictor
 
     predictor = Predictor.from_checkpoint(directory, device=config.training.device, weights=_weights(config))

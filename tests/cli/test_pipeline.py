@@ -136,10 +136,13 @@ def test_a_finished_run_of_other_data_is_not_taken_for_this_one(place: Path, cap
     assert pipeline.main([*SMALL, "--max-steps", "2"]) == 0
 
 
+LONG = ["model.context_length=2048", "training.total_batch_size=4096"]
+
+
 def test_what_fails_at_the_end_is_refused_at_the_beginning(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert pipeline.main([*SMALL, 'inference.prompts=["' + "word " * 80 + '"]']) == 2
     assert "prompt" in capfd.readouterr().err
-    assert pipeline.main([*SMALL, "corpus.num_train_stories=1", "model.context_length=512"]) == 1
+    assert pipeline.main([*SMALL, "corpus.num_train_stories=2", "tokenizer.vocab_size=300", *LONG]) == 1
     assert "shorter context_length" in capfd.readouterr().err
     assert not (place / "runs").exists()
     assert pipeline.main([*SMALL, "--max-steps", "2", "inference.prompts=[]"]) == 0
