@@ -18,7 +18,7 @@ SPECS = sorted(
     for package in ("transformerlm", "trainkit")
     for path in (ROOT / package).rglob("specs.py")
 )
-HEAVY = ("torch", "numpy", "datasets", "rich", "matplotlib", "numba")
+HEAVY = ("torch", "numpy", "datasets", "rich", "matplotlib", "numba", "safetensors", "tensorboard", "wandb")
 
 
 def loaded_after(statement: str) -> set[str]:

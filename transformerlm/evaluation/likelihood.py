@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from profiling import nvtx
-from transformerlm.objectives.readout import IGNORED, Head
+from transformerlm.models.transformer import Head
+from transformerlm.objectives.readout import IGNORED
 
 IntArray = npt.NDArray[np.integer[Any]]
 
@@ -91,15 +92,6 @@ class Excess:
     """Of the mean, over documents. A mean below −3 of it would beat the truth: a bug."""
     ratio: float
     """Excess nats as a share of the reference's: 0.25 is 25 % above it."""
-
-
-def concatenate(parts: Sequence[Scores]) -> Scores:
-    """The scores of several sets of documents as one."""
-    return Scores(
-        nats=np.concatenate([part.nats for part in parts]),
-        tokens=np.concatenate([part.tokens for part in parts]),
-        bytes=np.concatenate([part.bytes for part in parts]),
-    )
 
 
 def score_documents(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainkit.task import Batch, Loss
+from transformerlm.models.transformer import Head
 from transformerlm.objectives.readout import IGNORED, sum_terms
 from transformerlm.objectives.specs import AutoregressiveSpec
 
@@ -51,7 +52,7 @@ class Autoregressive:
         return ("loss", "z_loss") if self.spec.z_loss > 0 else ("loss",)
 
 
-def _readout(hidden: Tensor, head: nn.Module, *, targets: Tensor, with_z_loss: bool, chunk_size: int) -> Tensor:
+def _readout(hidden: Tensor, head: Head, *, targets: Tensor, with_z_loss: bool, chunk_size: int) -> Tensor:
     terms = _nats_and_squares if with_z_loss else _nats
     return sum_terms(terms, hidden, head, targets, chunk_size=chunk_size)
 

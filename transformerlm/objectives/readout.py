@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-Head = Callable[[Tensor], Tensor]
-"""Maps hidden states [..., d_model] to logits [..., vocab_size], at least 32-bit."""
+from transformerlm.models.transformer import Head
 
 Terms = Callable[[Tensor, Tensor], Tensor]
 """Sums over rows: `terms(logits [rows, vocab_size], targets [rows])` → [number of terms]."""
