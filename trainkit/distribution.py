@@ -74,16 +74,19 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
     except RuntimeError:
         raise UserError(
             f'training.device = "{name}" is no device; use auto, cpu, cuda, cuda:0 or mps', EXIT_USAGE
         ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f'training.device = "{name}", but this machine has no usable CUDA device; use auto or cpu')
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f'training.device = "{name}", but this machine has no usable MPS device; use auto or cpu')
-    return torch.device("cuda", local_rank) if name == "cuda" else device
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= counts.get(device.type, 0):
+        raise UserError(
+            f'training.device = "{name}" means {device}, on which nothing can be trained here; use auto or cpu, '
+            "and with torchrun no more processes than GPUs",
+            EXIT_USAGE,
+        )
+    return device
 
 
 def configure_process(training: TrainingSpec) -> None:

@@ -86,5 +86,7 @@ def test_names_of_types_and_devices() -> None:
         resolve_dtype("float")
     with pytest.raises(UserError, match="no device 'cuda:99'"):
         resolve_device("cuda:99")
+    with pytest.raises(UserError, match="no device 'meta'"):
+        resolve_device("meta")
     with pytest.raises(UserError, match="unknown"):
         resolve_device("quantum")

@@ -7,7 +7,6 @@ import torch
 from trainkit.errors import EXIT_USAGE, UserError
 
 DTYPES: dict[str, torch.dtype] = {
-    "fp64": torch.float64,
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -29,8 +28,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"the device {name!r} is unknown; use auto, cpu, cuda, cuda:0 or mps", EXIT_USAGE) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f'there is no device {name!r} on this machine; use device = "auto" or "cpu"', EXIT_USAGE)
-    if device.type == "mps" and not torch.backends.mps.is_available():
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= counts.get(device.type, 0):
         raise UserError(f'there is no device {name!r} on this machine; use device = "auto" or "cpu"', EXIT_USAGE)
     return device
