@@ -2,7 +2,12 @@
 
     TRANSFORMERLM_NVTX=1 TRANSFORMERLM_NVTX_LEVEL=fine nsys profile -o result transformerlm-train …
 
-Levels: `coarse` marks the phases of a step, `fine` also the parts of a model, `verbose` everything there is.
+Each level has the ranges of the one before:
+
+- `coarse`: the phases of training (data, forward, backward, optimizer, evaluate, save), of generation (prefill, decode)
+  and of scoring (score);
+- `fine`: the parts of a model (attention, feed_forward, head);
+- `verbose`: inside attention, where values meet (mixing).
 """
 
 from __future__ import annotations

@@ -22,6 +22,15 @@ def test_off_there_is_one_shared_object() -> None:
         pass
 
 
+def test_off_nothing_is_imported() -> None:
+    code = (
+        "import sys; from profiling import nvtx; nvtx.range('a').__enter__(); print({'nvtx', 'torch'} & {*sys.modules})"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERLM_NVTX")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_levels_choose_the_ranges_and_compiled_graphs_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
 
@@ -40,9 +49,12 @@ def test_levels_choose_the_ranges_and_compiled_graphs_stay_whole(monkeypatch: py
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     expected = model(tokens)
     assert [name.split("/")[1] for name in names[2:]] == ["attention", "feed_forward", "head"]
+    monkeypatch.setattr(nvtx, "_enabled", 3)
+    model(tokens)
+    assert [name.split("/")[1] for name in names[5:]] == ["attention", "mixing", "feed_forward", "head"]
     torch._dynamo.reset()
     assert torch.compile(model, fullgraph=True, backend="eager")(tokens).equal(expected)
-    assert len(names) == 5
+    assert len(names) == 9
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,10 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
-        mixed = attention(q, k, v, mask=context.mask, is_causal=context.is_causal, backend=self.spec.attention_backend)
+        with nvtx.range("mixing", "verbose"):
+            mixed = attention(
+                q, k, v, mask=context.mask, is_causal=context.is_causal, backend=self.spec.attention_backend
+            )
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
