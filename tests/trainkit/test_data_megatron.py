@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
@@ -310,7 +311,7 @@ def test_failure_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], stage: str
 ):
     write(tmp_path / "x", [[1, 2]])
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = stand(tmp_path)
 
     def fail(name: str) -> None:
         if name == stage:
@@ -320,28 +321,82 @@ def test_failure_leaves_what_was_there(
     with pytest.raises(error), IndexedWriter(tmp_path / "x", "uint16") as writer:
         writer.add(np.array([3, 4]))
         fail("body")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert stand(tmp_path) == before
 
 
-@pytest.mark.parametrize("at", range(4))
-def test_failure_between_the_renames_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int):
-    write(tmp_path / "x", [[1, 2]])
-    calls = 0
+def stand(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def fail(path: Path) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == at + 1:
-            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifacts, "fsync_directory", fail)
-    try:
-        write(tmp_path / "x", [[3, 4]])
-    except UserError as error:
-        assert "No space left" in str(error)
-        assert entries(tmp_path) == []
-    else:
-        assert at > 2
+@pytest.fixture
+def two_sets(tmp_path: Path) -> dict[str, dict[str, bytes]]:
+    """The files of the old documents and of the new ones. Both sets have the same sizes: a mix would look sound."""
+    sets = {}
+    for name, tokens, lengths in (("old", [1, 2, 3], [2, 1]), ("new", [4, 5, 6], [1, 2])):
+        with IndexedWriter(tmp_path / name / "x", "uint16") as writer:
+            writer.add(np.array(tokens), np.array(lengths))
+        sets[name] = stand(tmp_path / name)
+    return sets
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("has_old", [True, False])
+def test_a_failure_between_the_renames_leaves_the_old_files_or_the_new_ones(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    two_sets: dict[str, dict[str, bytes]],
+    has_old: bool,
+    error: BaseException,
+) -> None:
+    old = two_sets["old"] if has_old else {}
+    last = 6 if has_old else 3
+    for at in range(last):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        for name, content in old.items():
+            (folder / name).write_bytes(content)
+        countdown = iter([*[None] * at, error])
+
+        def fail(stage: str, countdown: Iterator[BaseException | None] = countdown) -> None:
+            if stage == "between" and (failure := next(countdown, None)) is not None:
+                raise failure
+
+        with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, UserError)):
+            patch.setattr(artifacts, "step_hook", fail)
+            with IndexedWriter(folder / "x", "uint16") as writer:
+                writer.add(np.array([4, 5, 6]), np.array([1, 2]))
+        assert stand(folder) == (two_sets["new"] if at == last - 1 else old)
+
+
+def test_a_kill_between_the_renames_is_never_a_mix_and_the_next_writer_brings_the_old_files_back(
+    tmp_path: Path, two_sets: dict[str, dict[str, bytes]]
+) -> None:
+    for at in range(6):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        for name, content in two_sets["old"].items():
+            (folder / name).write_bytes(content)
+        code = (
+            "import os, signal, sys, numpy as np\n"
+            "from trainkit import artifacts; from trainkit.data.megatron import IndexedWriter\n"
+            "left = [int(sys.argv[2])]\n"
+            "def hook(stage):\n"
+            "    if stage == 'between':\n"
+            "        left[0] -= 1\n"
+            "        if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "artifacts.step_hook = hook\n"
+            "with IndexedWriter(sys.argv[1], 'uint16') as writer: writer.add(np.array([4, 5, 6]), np.array([1, 2]))"
+        )
+        child = subprocess.run([sys.executable, "-c", code, str(folder / "x"), str(at)], timeout=60, check=False)
+        assert child.returncode == -signal.SIGKILL
+        if at < 5:
+            with pytest.raises(UserError, match=r"does not exist"):
+                IndexedTokens.open(folder / "x")
+        else:
+            verify(folder / "x")
+        with pytest.raises(RuntimeError), IndexedWriter(folder / "x", "uint16"):
+            raise RuntimeError
+        assert stand(folder) == two_sets["new" if at == 5 else "old"]
 
 
 def test_leftovers_of_a_killed_writer_are_removed_and_a_live_one_is_respected(tmp_path: Path):

@@ -54,6 +54,8 @@ DTYPE_CODES: Mapping[int, np.dtype[Any]] = {
 }
 """The integer types of the layout by their code."""
 
+_KINDS = ("json", "bin", "idx")
+"""The three files in the order in which they take their places. The index is the last: it makes the others valid."""
 _HEADER = struct.Struct("<9sQBQQ")
 _CHUNK = 1 << 18
 """Numbers that one vectorised pass over an index or a token file takes at a time: bounds memory, stays in the cache."""
@@ -135,16 +137,16 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _write_manifest(prefix: Path, manifest: TokenManifest) -> None:
+def _manifest_text(manifest: TokenManifest) -> str:
     content = asdict(manifest)
     content["checksum"] = _checksum(content)
-    artifacts.publish_file(manifest_path(prefix), json.dumps(content, indent=1) + "\n")
+    return json.dumps(content, indent=1) + "\n"
 
 
 class IndexedWriter:
     """Streams documents into a prefix; use it in a `with` block.
 
-    Documents are appended with `add`. When the block ends well the files appear under their names, the manifest last;
+    Documents are appended with `add`. When the block ends well the files appear under their names, the index last;
     on any exception (Ctrl-C included) nothing of them is left and what stood there before is untouched. Memory does not
     grow with the number of documents: the lengths wait in the unfinished index on the disk.
     """
@@ -177,13 +179,13 @@ class IndexedWriter:
         artifacts.make_directory(self.prefix.parent)
         _manifest_content(self.prefix)  # never replace a file that is not ours
         _remove_leftovers(self.prefix)
-        mark = f"{artifacts.TEMPORARY_MARK}{secrets.token_hex(4)}"
-        self._temporary = {k: self.prefix.with_name(f".{self.prefix.name}.{k}{mark}") for k in ("bin", "idx")}
+        hidden, mark = f".{self.prefix.name}", f"{artifacts.TEMPORARY_MARK}{secrets.token_hex(4)}"
+        self._temporary = {kind: self.prefix.with_name(f"{hidden}.{kind}{mark}") for kind in _KINDS}
         self._files: dict[str, BinaryIO] = {}
         try:
             with artifacts.explain_failed_writes(self.prefix):
-                for kind, path in self._temporary.items():
-                    self._files[kind] = _open_locked(path)
+                for kind in ("bin", "idx"):
+                    self._files[kind] = _open_locked(self._temporary[kind])
                 self._files["idx"].write(bytes(_HEADER.size))
             artifacts.step_hook("write")
         except BaseException:
@@ -227,10 +229,11 @@ class IndexedWriter:
             self._discard()
 
     def _discard(self) -> None:
-        for kind, file in self._files.items():
+        for file in self._files.values():
             with suppress(OSError):  # a full disk: closing tries to flush once more
                 file.close()
-            self._temporary[kind].unlink(missing_ok=True)
+        for path in self._temporary.values():
+            path.unlink(missing_ok=True)
 
     def _publish(self) -> None:
         if not self.tokens:
@@ -252,19 +255,37 @@ class IndexedWriter:
             tokenizer=self._tokenizer,
             source=self.source,
         )
+        with self._temporary["json"].open("x", encoding="utf-8") as file:
+            file.write(_manifest_text(manifest))
+            file.flush()
+            os.fsync(file.fileno())
         artifacts.step_hook("rename")
-        try:
-            # Three renames cannot be one. The old files go first, so that at no instant an index or a manifest stands
-            # beside tokens that it does not describe: whoever is killed in between leaves a missing half.
-            _remove(self.prefix)
-            self._temporary["bin"].replace(bin_path(self.prefix))
-            self._temporary["idx"].replace(idx_path(self.prefix))
-            artifacts.fsync_directory(self.prefix.parent)
-            _write_manifest(self.prefix, manifest)
-        except BaseException:
-            _remove(self.prefix)
-            raise
+        self._move_into_place()
         artifacts.step_hook("renamed")
+
+    def _move_into_place(self) -> None:
+        """Three renames cannot be one, so the index decides: it is the first to go and the last to come.
+
+        Without an index there are no token files, so at no instant does one stand beside tokens or a manifest that it
+        does not belong to. Whatever fails before the new index is in its place brings the old files back.
+        """
+        try:
+            for kind in reversed(_KINDS):
+                if _place(self.prefix, kind).exists():
+                    _place(self.prefix, kind).rename(_aside(self.prefix, kind))
+                    artifacts.step_hook("between")
+            for kind in _KINDS:
+                self._temporary[kind].rename(_place(self.prefix, kind))
+                artifacts.step_hook("between")
+            artifacts.fsync_directory(self.prefix.parent)
+        except BaseException:
+            if self._temporary["idx"].exists():
+                for kind in _KINDS:
+                    if not self._temporary[kind].exists():
+                        _place(self.prefix, kind).unlink(missing_ok=True)
+            raise
+        finally:
+            _end_replacement(self.prefix)
 
     def _finish_index(self) -> None:
         """Behind the lengths, which are there already, the byte pointers and the document indices; then the header."""
@@ -292,16 +313,30 @@ def _open_locked(path: Path) -> BinaryIO:
     return file
 
 
-def _remove(prefix: Path) -> None:
-    for path in (manifest_path(prefix), idx_path(prefix), bin_path(prefix)):
-        path.unlink(missing_ok=True)
-    artifacts.fsync_directory(prefix.parent)
+def _place(prefix: Path, kind: str) -> Path:
+    return Path(f"{prefix}.{kind}")
+
+
+def _aside(prefix: Path, kind: str) -> Path:
+    """Where a file waits while another takes its place."""
+    return prefix.with_name(f".{prefix.name}.{kind}.replaced")
+
+
+def _end_replacement(prefix: Path) -> None:
+    """The files that were set aside go, or, where no index stands in the place of theirs, come back."""
+    is_complete = idx_path(prefix).exists()
+    for kind in _KINDS:
+        old = _aside(prefix, kind)
+        if is_complete:
+            old.unlink(missing_ok=True)
+        elif old.exists():
+            old.replace(_place(prefix, kind))
 
 
 def _remove_leftovers(prefix: Path) -> None:
     """Delete what a killed writer of this prefix left. A lock, which dies with its process, protects a living one's."""
-    for suffix in (".bin", ".idx", ".json"):
-        for leftover in prefix.parent.glob(f".{glob.escape(prefix.name)}{suffix}{artifacts.TEMPORARY_MARK}*"):
+    for kind in reversed(_KINDS):  # a living writer holds the lock of its index to the end
+        for leftover in prefix.parent.glob(f".{glob.escape(prefix.name)}.{kind}{artifacts.TEMPORARY_MARK}*"):
             with leftover.open("rb") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -309,6 +344,7 @@ def _remove_leftovers(prefix: Path) -> None:
                     message = f"another process is writing {prefix}; wait for it or choose another prefix"
                     raise UserError(message) from None
             leftover.unlink(missing_ok=True)
+    _end_replacement(prefix)
 
 
 @dataclass(frozen=True, eq=False)
