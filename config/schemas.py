@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Self
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Lt
 from pydantic import BaseModel, ConfigDict, Discriminator, StringConstraints, model_validator
 
 from trainkit.data.specs import MegatronDataSpec
@@ -231,6 +231,37 @@ class TrainTokenizerConfig(Schema):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenizerBenchmarkSpec:
+    """What is measured, and on which texts."""
+
+    files: tuple[NotEmpty, ...] = ()
+    """Text files, each a corpus of its own."""
+    grammar: bool = True
+    """Stories of the project's own grammar, up to 4 MB, too: few words that often return."""
+    machine: bool = True
+    """Sources and documentation of installed packages, too: many words."""
+    megabytes: Annotated[float, Gt(0)] = 5.0
+    """How much of each corpus to take, in millions of characters."""
+    tokenizer: str = ""
+    """Folder of the tokenizer to measure; empty = train one on the corpora."""
+    vocab_size: Annotated[int, Ge(257)] = 8192
+    """Number of ids when training."""
+    repeats: Annotated[int, Ge(1)] = 3
+    """Rounds of encoding and decoding; medians are reported."""
+    training_repeats: Annotated[int, Ge(1)] = 1
+    """Rounds of training."""
+    memory: bool = True
+    """Measure the memory of training, too."""
+
+
+class BenchTokenizerConfig(Schema):
+    """`transformerlm-bench-tokenizer`: the tokenizer beside every installed peer."""
+
+    benchmark: TokenizerBenchmarkSpec = TokenizerBenchmarkSpec()
+    """What is measured, and on which texts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokensOutputSpec:
     """Where the token files go."""
 
@@ -387,6 +418,7 @@ COMMANDS: Mapping[str, type[Schema]] = {
     "transformerlm-pipeline": PipelineConfig,
     "transformerlm-train-tokenizer": TrainTokenizerConfig,
     "transformerlm-make-data": MakeDataConfig,
+    "transformerlm-bench-tokenizer": BenchTokenizerConfig,
     "transformerlm-infer": InferConfig,
     "transformerlm-eval": EvalConfig,
 }

@@ -94,6 +94,18 @@ def test_ids_equal_tiktoken(text: str, pattern: PatternName) -> None:
     assert tokenizer.encode(text).tolist() == reference.encode_ordinary(text)
 
 
+ascii_texts = st.lists(st.sampled_from([chr(code) for code in range(128)] + ["'s", "'LL", "  ", "<|x|>"])).map("".join)
+
+
+@fuzz
+@given(text=ascii_texts, pattern=names)
+def test_the_short_way_gives_the_same_ids(text: str, pattern: PatternName) -> None:
+    tokenizer = bare(pattern).with_special_tokens(["<|x|>"])
+    for allowed in ("all", "none"):
+        special = tokenizer._special(allowed, "none")
+        assert tokenizer._plain.encode_short(text, special) == list(tokenizer._plain.encode(text, special))
+
+
 @fuzz
 @given(text=broken_texts, pattern=names)
 def test_compiled_ids_equal_the_plain_ones(text: bytes, pattern: PatternName) -> None:

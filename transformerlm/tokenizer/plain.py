@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from transformerlm.tokenizer.bpe import MergeTable, merge
-from transformerlm.tokenizer.pretokenizer import as_text, pretokenize, to_bytes
+from transformerlm.tokenizer.pretokenizer import as_text, ascii_expression, pretokenize, to_bytes
 from transformerlm.tokenizer.special_tokens import SpecialTokens, split_special
 from transformerlm.tokenizer.specs import PatternName
 from transformerlm.tokenizer.vocabulary import BYTES, Vocabulary
@@ -18,6 +18,17 @@ class PlainEncoder:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._words = _WordCache(vocabulary)
         self._pattern: PatternName = vocabulary.pattern
+        self._ascii = ascii_expression(vocabulary.pattern)
+
+    def encode_short(self, text: str | bytes, special: SpecialTokens) -> list[int]:
+        """The same ids as `encode`, with less to set up: for a short ASCII text without special tokens in it."""
+        if not isinstance(text, str) or not text.isascii() or any(name in text for name in special.names):
+            return list(self.encode(text, special))
+        ids: list[int] = []
+        words = self._words
+        for word in self._ascii.findall(text):
+            ids += words[word]
+        return ids
 
     def encode(self, text: str | bytes, special: SpecialTokens) -> Iterator[int]:
         return chain.from_iterable(self._runs(as_text(text), special))

@@ -54,6 +54,7 @@ class Tokenizer:
         self._plain = PlainEncoder(vocabulary)
         self._special_names = frozenset(vocabulary.special_tokens)
         self._all_special = SpecialTokens(vocabulary.special_tokens, frozenset())
+        self._no_special = SpecialTokens({}, frozenset())
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
@@ -148,7 +149,9 @@ class Tokenizer:
         A long text is shared among `threads` (0 = all cores), which does not change its ids.
         """
         special = self._special(allowed_special, disallowed_special)
-        if len(text) <= SHORT_TEXT or not readiness.pays(KERNELS, len(text)):
+        if len(text) <= SHORT_TEXT:
+            return np.array(self._plain.encode_short(text, special), dtype=self.dtype)
+        if not readiness.pays(KERNELS, len(text)):
             return np.fromiter(self._plain.encode(text, special), dtype=self.dtype)
         return self._compiled.encode(text, special, threads or num_cores())
 
@@ -253,8 +256,11 @@ class Tokenizer:
         return readiness.load(KERNELS).CompiledDecoder(self._bytes_of_id)
 
     def _special(self, allowed: SpecialNames, disallowed: SpecialNames) -> SpecialTokens:
-        if allowed == "all" and disallowed == "none":
-            return self._all_special
+        if disallowed == "none" and isinstance(allowed, str):
+            if allowed == "all":
+                return self._all_special
+            if allowed == "none":
+                return self._no_special
         forbidden = self._names(disallowed, "disallowed_special")
         wanted = self._names(allowed, "allowed_special") | forbidden
         ids = {name: number for name, number in self.vocabulary.special_tokens.items() if name in wanted}
