@@ -7,13 +7,14 @@ exist. Fault injection in tests hooks into `step_hook`, which is called with the
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trainkit.errors import UserError
 MANIFEST = "manifest.json"
 FORMAT = 1
 TEMPORARY_MARK = ".tmp-"
+OLD_MARK = ".replaced"
 
 
 def _no_hook(stage: str) -> None:
@@ -29,7 +31,8 @@ def _no_hook(stage: str) -> None:
 
 
 step_hook: Callable[[str], None] = _no_hook
-"""Called with "write", "seal", "rename" and "renamed" as a publication passes these points; tests replace it."""
+"""Called with "write", "seal", "rename", "between" (of several renames) and "renamed" as a publication passes these
+points; tests replace it."""
 
 
 @contextmanager
@@ -39,12 +42,15 @@ def publish_directory(
     """Yield a temporary directory; when the block ends well, it becomes `path`, sealed and durable.
 
     On any exception (Ctrl-C included) nothing is left; an `OSError` becomes a `UserError`. `extra` is stored in the
-    manifest. An existing `path` is an error unless `replace`; it then stays valid until the instant the new one takes
-    its place.
+    manifest. An existing `path` is an error unless `replace` and it is empty or of the same `extra["kind"]`; it then
+    stays valid until the instant the new one takes its place.
     """
     path = Path(path)
+    if _aside(path).exists():
+        _end_replacement(path)
     if path.exists() and not replace:
         raise UserError(f"{path} exists already; remove it or choose another place")
+    require_replaceable(path, kind=(extra or {}).get("kind"))
     temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{secrets.token_hex(4)}")
     make_directory(path.parent)
     make_directory(temporary)
@@ -56,9 +62,24 @@ def publish_directory(
             step_hook("rename")
             _move_into_place(temporary, path)
             step_hook("renamed")
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # unfinished, or what it has replaced
+
+
+def require_replaceable(path: Path | str, *, kind: str | None) -> None:
+    """Refuse a place that holds anything but a sealed directory of this kind: it is not ours to delete."""
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())) or is_sealed(path, kind=kind):
+        return
+    raise UserError(f"{path} is not a {kind or 'directory'} that this project wrote; remove it or choose another place")
+
+
+def is_sealed(path: Path | str, *, kind: str | None) -> bool:
+    """Whether `path` has a manifest of this kind; its files may be damaged."""
+    try:
+        return read_manifest(path).get("kind") == kind
+    except UserError:
+        return False
 
 
 def publish_file(path: Path | str, data: bytes | str) -> None:
@@ -168,7 +189,12 @@ def fsync_directory(path: Path) -> None:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Delete temporary entries that a killed process left in `parent`. Only for a parent that has one writer."""
+    """Delete temporary entries that a killed process left in `parent`. Only for a parent that has one writer.
+
+    A directory whose replacement was cut short comes back.
+    """
+    for old in parent.glob(f".*{OLD_MARK}"):
+        _end_replacement(parent / old.name.removeprefix(".").removesuffix(OLD_MARK))
     for leftover in parent.glob(f".*{TEMPORARY_MARK}*"):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -182,18 +208,37 @@ def _fsync_file(path: Path) -> None:
 
 
 def _move_into_place(temporary: Path, path: Path) -> None:
-    """Rename over `path`; a directory in its place is moved aside first, since rename cannot replace a full one."""
-    old = path.with_name(f".{path.name}{TEMPORARY_MARK}old-{secrets.token_hex(4)}")
-    had_old = path.exists()
-    if had_old:
-        path.rename(old)
-    try:
+    """Rename to `path`; a directory that stands there is `temporary` afterwards, or gone."""
+    if not path.exists():
         temporary.rename(path)
-    except OSError:
-        if had_old:
-            with suppress(OSError):
-                old.rename(path)
-        raise
+    elif not _exchange(temporary, path):
+        # Two renames, with an instant in between without a directory; `remove_leftovers` ends it after a kill.
+        try:
+            path.rename(_aside(path))
+            step_hook("between")
+            temporary.rename(path)
+        finally:
+            _end_replacement(path)
     fsync_directory(path.parent)
-    if had_old:
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    """Where a directory waits while another takes its place."""
+    return path.with_name(f".{path.name}{OLD_MARK}")
+
+
+def _end_replacement(path: Path) -> None:
+    """The directory that was set aside goes, or, where nothing has taken its place, comes back."""
+    if path.exists():
+        shutil.rmtree(_aside(path), ignore_errors=True)
+    else:
+        _aside(path).rename(path)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one instant; False where the system (only Linux has it) or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_working_directory, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return rename is not None and not rename(
+        at_working_directory, os.fsencode(first), at_working_directory, os.fsencode(second), exchange
+    )

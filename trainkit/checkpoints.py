@@ -25,7 +25,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from trainkit.artifacts import publish_directory, remove_leftovers, verify_directory
+from trainkit.artifacts import TEMPORARY_MARK, is_sealed, publish_directory, remove_leftovers, verify_directory
 from trainkit.errors import UserError
 from trainkit.specs import CheckpointSpec
 
@@ -88,6 +88,9 @@ def save_checkpoint(store: CheckpointStore, snapshot: Snapshot) -> Path:
     """Publish `snapshot`; when it has been read back intact, update the links and prune. Returns its directory."""
     step = int(snapshot.trainer["step"])
     path = store.root / f"step-{step:08d}"
+    if path.exists() and not is_sealed(path, kind="checkpoint"):
+        # Damaged, and passed over when the run resumed: by its name it is ours, so it may go.
+        path.rename(path.with_name(f".{path.name}{TEMPORARY_MARK}damaged"))
     with publish_directory(path, replace=True, extra={"kind": "checkpoint", "step": step}) as directory:
         _write_tensors(directory / _MODEL, snapshot.model)
         if snapshot.average:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,6 +108,76 @@ def test_a_kill_at_any_stage_leaves_all_or_nothing(tmp_path: Path, stage: str) -
         verify_directory(tmp_path / "set")
     else:
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("stage", ["write", "seal", "rename", "between", "renamed"])
+def test_a_kill_while_replacing_leaves_the_old_or_the_new(tmp_path: Path, stage: str, can_exchange: bool) -> None:
+    place = tmp_path / "set"
+    with publish_directory(place) as temporary:
+        fill(temporary, "old")
+    child = os.fork()
+    if child == 0:
+        try:
+            artifacts.step_hook = lambda at: os.kill(os.getpid(), signal.SIGKILL) if at == stage else None
+            if not can_exchange:
+                artifacts._exchange = lambda first, second: False
+            with publish_directory(place, replace=True) as temporary:
+                fill(temporary, "new")
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    never = stage == "between" and can_exchange
+    assert (os.WTERMSIG(status) == signal.SIGKILL) != never
+    if can_exchange:
+        verify_directory(place)
+    remove_leftovers(tmp_path)
+    verify_directory(place)
+    assert (place / "a.txt").read_text() == ("new" if stage == "renamed" or never else "old")
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(5, "Input/output error")])
+def test_a_failure_between_the_renames_brings_the_old_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    with publish_directory(tmp_path / "set") as temporary:
+        fill(temporary, "old")
+
+    def fail(stage: str) -> None:
+        if stage == "between":
+            raise error
+
+    monkeypatch.setattr(artifacts, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(artifacts, "step_hook", fail)
+    with pytest.raises((KeyboardInterrupt, UserError)), publish_directory(tmp_path / "set", replace=True) as temporary:
+        fill(temporary, "new")
+    verify_directory(tmp_path / "set")
+    assert (tmp_path / "set" / "a.txt").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_only_a_set_of_the_same_kind_is_replaced(tmp_path: Path) -> None:
+    def publish(kind: str) -> None:
+        with publish_directory(tmp_path / "set", replace=True, extra={"kind": kind}) as temporary:
+            fill(temporary, kind)
+
+    place = tmp_path / "set"
+    place.mkdir()
+    publish("tokenizer")  # an empty directory holds nothing to lose
+    publish("tokenizer")
+    with pytest.raises(UserError, match="set is not a checkpoint that this project wrote; remove it or choose another"):
+        publish("checkpoint")
+    for content in ("[]", "{", '{"kind": "tokenizer"}'):
+        (place / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match="set is not a tokenizer that this project wrote"):
+            publish("tokenizer")
+    assert (place / "a.txt").read_text() == "tokenizer"
+    shutil.rmtree(place)
+    place.write_text("a file")
+    with pytest.raises(UserError, match="set is not a tokenizer"):
+        publish("tokenizer")
+    assert place.read_text() == "a file"
 
 
 @pytest.mark.parametrize(

@@ -142,3 +142,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoints_that_are_there(t
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
     assert find_newest_intact(place) == before
+
+
+@pytest.mark.parametrize("damage", ["manifest.json", "model.safetensors"])
+def test_a_damaged_checkpoint_is_replaced_when_the_run_comes_to_its_step_again(tmp_path: Path, damage: str) -> None:
+    place = store(tmp_path)
+    path = save_checkpoint(place, snapshot(2))
+    (path / damage).write_text("{")
+    assert save_checkpoint(place, snapshot(2)) == path == find_newest_intact(place)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000002"]
