@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -9,14 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from cli import make_data, token_files
+from cli.corpora import fingerprint, open_documents
 from cli.token_files import build_token_files, has_split
-from config.schemas import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec
+from config.schemas import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
 from trainkit.data.megatron import IndexedTokens, IndexedWriter
 from trainkit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, UserError
 from transformerlm.corpus.stories import sample, split_seed
@@ -194,6 +198,102 @@ def test_held_out_documents_are_not_trained_on(tmp_path: Path, tokenizer: Tokeni
         found[split] = [tokenizer.decode(data.document(i)[:-1]) for i in range(len(data))]
     assert sorted(found["train"] + found["val"]) == sorted(texts)
     assert 10 < len(found["val"]) < 90
+
+
+SETTINGS: dict[type, dict[str, tuple[object, str]]] = {
+    GrammarCorpusSpec: {"num_train_stories": (3, "train"), "num_val_stories": (3, "val"), "seed": (3, "train val")},
+    FilesCorpusSpec: {
+        "train_paths": (("b.txt",), "train val"),
+        "val_paths": (("b.txt",), "train val"),
+        "text_field": ("b", "train val"),
+        "validation_fraction": (0.3, "train val"),
+        "max_train_documents": (3, "train"),
+        "max_val_documents": (3, "val"),
+    },
+    HubCorpusSpec: {
+        "dataset_name": ("b", "train val"),
+        "train_split": ("b", "train"),
+        "val_split": ("b", "val"),
+        "text_field": ("b", "train val"),
+        "cache_dir": ("b", ""),
+        "max_train_documents": (3, "train"),
+        "max_val_documents": (3, "val"),
+    },
+}
+"""Each setting: another value, and the splits that it changes."""
+
+
+@pytest.mark.parametrize(
+    "corpus",
+    [
+        GrammarCorpusSpec(),
+        FilesCorpusSpec(train_paths=("a.txt",), validation_fraction=0.1),
+        HubCorpusSpec(dataset_name="a"),
+    ],
+    ids=lambda corpus: corpus.kind,
+)
+def test_a_setting_changes_the_fingerprint_of_the_splits_that_depend_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: CorpusSpec
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text(name)
+    settings = SETTINGS[type(corpus)]
+    assert {"kind", *settings} == {field.name for field in dataclasses.fields(corpus)}
+    for name, (value, splits) in settings.items():
+        changed = dataclasses.replace(corpus, **{name: value})
+        found = [split for split in ("train", "val") if fingerprint(corpus, split) != fingerprint(changed, split)]
+        assert found == splits.split(), name
+
+
+def test_with_validation_files_each_split_depends_on_its_own(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(name)
+    a, b, c = (str(tmp_path / name) for name in ("a.txt", "b.txt", "c.txt"))
+    corpus = FilesCorpusSpec(train_paths=(a,), val_paths=(b,))
+    other_val = FilesCorpusSpec(train_paths=(a,), val_paths=(c,), validation_fraction=0.5)
+    other_train = FilesCorpusSpec(train_paths=(c,), val_paths=(b,))
+    assert fingerprint(corpus, "train") == fingerprint(other_val, "train") != fingerprint(other_train, "train")
+    assert fingerprint(corpus, "val") == fingerprint(other_train, "val") != fingerprint(other_val, "val")
+
+
+def broken_stream() -> Iterator[dict[str, object]]:
+    yield {"text": "one"}
+    raise ConnectionError("the connection was reset\nand more")
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [
+        (broken_stream, r"cannot read the split 'train' of the data set 'x' \(the connection was reset\); check"),
+        (lambda: [{"text": "one"}, {"text": None}], "row 2 of the data set 'x' has NoneType in 'text', not a string"),
+        (lambda: [{"text": 3}], "row 1 of the data set 'x' has int in 'text', not a string"),
+        (lambda: [{"words": "one", "id": 1}], "the data set 'x' has no column 'text'; it has words, id"),
+        (lambda: 1 / 0, r"cannot read the split 'train' of the data set 'x' \(division by zero\)"),
+    ],
+)
+def test_a_hub_stream_that_breaks_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    stream: Callable[[], Iterable[dict[str, object]]],
+    words: str,
+) -> None:
+    hub = SimpleNamespace(load_dataset=lambda *arguments, **options: stream())
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    with pytest.raises(UserError, match=words) as error:
+        build_token_files(HubCorpusSpec(dataset_name="x"), "train", tokenizer, tmp_path / "a", workers=1)
+    assert "\n" not in str(error.value)
+    assert entries(tmp_path) == []
+
+
+def test_hub_documents_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = SimpleNamespace(load_dataset=lambda name, split, **options: ({"t": f"{split} {i}"} for i in range(9)))
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    corpus = HubCorpusSpec(dataset_name="x", text_field="t", max_train_documents=2, max_val_documents=1)
+    assert list(open_documents(corpus, "train")) == ["train 0", "train 1"]
+    assert list(open_documents(corpus, "val")) == ["validation 0"]
+    assert list(open_documents(dataclasses.replace(corpus, val_split=""), "val")) == []
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
