@@ -145,7 +145,7 @@ def train_model(loaded: Loaded[TrainConfig], root: Path, *, force: bool, verify:
 def report(config: TrainConfig) -> None:
     """Score the best checkpoint and tell stories with it, unless `summary.json` says it all; then show it."""
     from cli.training import run_directory
-    from trainkit.run_directory import read_summary, write_summary
+    from trainkit.run_directory import finite, read_summary, write_summary
 
     directory = run_directory(config)
     summary = read_summary(directory)
@@ -157,7 +157,7 @@ def report(config: TrainConfig) -> None:
     if sys.stdout.isatty():
         print(_describe(summary, directory), flush=True)
     else:
-        print(json.dumps({"kind": "summary", "run": str(directory), **summary}), flush=True)
+        print(json.dumps({"kind": "summary", "run": str(directory), **finite(summary)}, allow_nan=False), flush=True)
 
 
 def _describe(summary: dict[str, Any], directory: Path) -> str:
@@ -167,7 +167,7 @@ def _describe(summary: dict[str, Any], directory: Path) -> str:
         ("val_bits_per_byte", "bits per byte", "{:.4f}"),
         ("excess_ratio", "excess", "{:.1%} above the best loss that any model can reach"),
     ]
-    lines = [f"{label:<15}{form.format(summary[name])}" for name, label, form in rows if name in summary]
+    lines = [f"{label:<15}{form.format(summary[name])}" for name, label, form in rows if summary.get(name) is not None]
     for story in summary["stories"]:
         lines += ["-" * 80, story]
     lines += ["-" * 80, f"plots    {directory}/plots", f"samples  {directory}/samples.md"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -120,8 +120,16 @@ def train(run: Run, resume: Snapshot | None = None) -> Result:
         with closing(run.source.steps(state.data)) as steps:
             first = next(steps)
             _announce(run, state, first[0])
-            status = _run_steps(run, state, chain([first], steps))
+            status = _run_steps(run, state, _marked(chain([first], steps)))
     return Result(status, state.step, state.best or {}, state.checkpoint)
+
+
+def _marked(steps: Iterator[tuple[list[Batch], DataState]]) -> Iterator[tuple[list[Batch], DataState]]:
+    """The same steps; the time that each is waited for shows in a profile."""
+    while True:
+        with nvtx.range("data"):
+            step = next(steps)
+        yield step
 
 
 def _run_steps(run: Run, state: _State, steps: Iterable[tuple[list[Batch], DataState]]) -> Status:
