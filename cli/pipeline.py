@@ -50,6 +50,7 @@ def make_tokenizer(config: PipelineConfig, root: Path, *, force: bool, verify: b
     """The tokenizer of the configuration: an existing one by its path, or one trained on the training split."""
     from cli.corpora import fingerprint, open_documents, require_documents
     from cli.train_tokenizer import train_on_documents
+    from trainkit.artifacts import require_replaceable
     from transformerlm.tokenizer.specs import TokenizerTrainingSpec
     from transformerlm.tokenizer.tokenizer import Tokenizer
 
@@ -67,6 +68,7 @@ def make_tokenizer(config: PipelineConfig, root: Path, *, force: bool, verify: b
     if not force and _is_made_of(path, made_of, verify=verify):
         _say("tokenizer", f"{path}, up to date")
         return path, Tokenizer.load(path)
+    require_replaceable(path, kind="tokenizer")
     start = time.monotonic()
     documents = require_documents(open_documents(config.corpus, "train"), "the training split")
     tokenizer, about = train_on_documents(documents, spec)

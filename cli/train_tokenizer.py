@@ -78,10 +78,11 @@ def train_on_documents(documents: Iterable[str], spec: TokenizerTrainingSpec) ->
 
 def check_output(directory: Path, *, replace: bool) -> None:
     """Find out before the work, not after it, that its result has no place."""
-    from trainkit.artifacts import make_directory
+    from trainkit.artifacts import make_directory, require_replaceable
 
     if directory.exists() and not replace:
         raise UserError(f"{directory} exists already; choose another output.dir, or replace it with --force")
+    require_replaceable(directory, kind="tokenizer")
     make_directory(directory.parent)
     if not os.access(directory.parent, os.W_OK):
         raise UserError(f"{directory.parent} is not writable; choose another output.dir")
