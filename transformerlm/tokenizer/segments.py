@@ -63,18 +63,21 @@ class View:
 
 
 def view(text: str | bytes) -> View:
-    """The UTF-8 of `text`, without a copy where it lies there already."""
+    """The UTF-8 of `text`, where it lies already if it does."""
     if isinstance(text, str):
-        if text.isascii():
-            return View(text, _ascii_address(text), len(text))
-        text = to_bytes(as_text(text))
+        try:
+            size = ctypes.c_ssize_t()
+            address = _utf8_of(text, ctypes.byref(size))
+            return View(text, address, size.value)
+        except UnicodeEncodeError:
+            text = to_bytes(as_text(text))
     return View(text, np.frombuffer(text, np.uint8).ctypes.data if text else 0, len(text))
 
 
-_ascii_address: Callable[[str], int] = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(
-    ("PyUnicode_AsUTF8", ctypes.pythonapi)
+_utf8_of: Callable[..., int] = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)(
+    ("PyUnicode_AsUTF8AndSize", ctypes.pythonapi)
 )
-"""An ASCII string holds its own UTF-8; this only tells where."""
+"""CPython keeps the UTF-8 of a string with it: ASCII is stored so anyway, other text once more from the first call."""
 
 
 def joined(texts: Sequence[str | bytes]) -> tuple[View, Array]:
