@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(loaded: Loaded[PipelineConfig], arguments: argparse.Namespace) -> int:
     config = loaded.config
+    check_writable(Path(config.run.dir) / config.run.name)
     root = Path(config.artifacts.dir)
     tokenizer_path, tokenizer = make_tokenizer(config, root, force=arguments.force, verify=arguments.verify)
     prefixes = make_token_files(config, tokenizer, root, force=arguments.force, verify=arguments.verify)
@@ -44,6 +46,15 @@ def run(loaded: Loaded[PipelineConfig], arguments: argparse.Namespace) -> int:
     if exit_code == 0:
         report(train_config)
     return exit_code
+
+
+def check_writable(directory: Path) -> None:
+    """Find out before the first stage, not after the second, that the run has no place."""
+    from trainkit.errors import UserError
+
+    place = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{directory} cannot be written, because of {place}; choose another run.dir")
 
 
 def make_tokenizer(config: PipelineConfig, root: Path, *, force: bool, verify: bool) -> tuple[Path, Tokenizer]:

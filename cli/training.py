@@ -154,6 +154,8 @@ def _train(ingredients: Ingredients, directory: Path, world: World, interrupts: 
             log.message(note)
         if newest:
             log.message(f"resuming from {newest}")
+        if ingredients.val_tokens is None:
+            log.message("there is no validation text: no validation loss, no best checkpoint")
         run = _compose(ingredients, store, world, log, interrupts)
         result = train(run, resume=snapshot)
         log.message(_last_words(result, directory))
@@ -283,7 +285,10 @@ def _last_words(result: Result, directory: Path) -> str:
         case "finished":
             return f"finished at step {result.step}{best}; see {directory}/plots and {directory}/samples.md"
         case "preempted":
-            return f"stopped at step {result.step} and saved; --resume continues{best}"
+            return (
+                f"stopped at step {result.step} and saved{best}; "
+                "the pipeline goes on when it is called again, transformerlm-train with --resume"
+            )
         case "non-finite":
             return f"gave up at step {result.step}{best}"
 

@@ -94,7 +94,7 @@ def test_nothing_near_lists_what_there_is() -> None:
         ("training.compile=True", "training.compile", "true or false"),
         ("training.precision=fp61", "training.precision", 'did you mean "fp16"?'),
         ("schedule.kind=cosin", "schedule.kind", 'did you mean "cosine"?'),
-        ("optimizer.kind=sgd", "optimizer.kind", 'must be "adamw"'),
+        ("optimizer.kind=sgd", "optimizer.kind", 'must be one of "adamw", "muon"'),
         ("schedule.warmup_steps=-1", "schedule.warmup_steps", "greater than or equal to 0"),
         ("schedule=7", "schedule", "is a table"),
         ("model=7", "model", "is a table"),

@@ -26,6 +26,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "make_data": COMMANDS["transformerlm-make-data"],
     "infer": COMMANDS["transformerlm-infer"],
     "eval": COMMANDS["transformerlm-eval"],
+    "bench_tokenizer": COMMANDS["transformerlm-bench-tokenizer"],
 }
 SHIPPED = sorted(SCHEMAS)
 

@@ -17,7 +17,7 @@ from trainkit.logging.console import console_sink
 from trainkit.logging.csv import CSV_FILE, CsvSink
 from trainkit.logging.jsonl import METRICS_FILE, MetricsFile
 from trainkit.logging.plotting import PLOTS_DIRECTORY, PlotSink
-from trainkit.logging.records import Record, Scalar, decode_record, describe, stamp
+from trainkit.logging.records import Record, Scalar, decode_record, describe, read_records, stamp
 from trainkit.logging.samples import SAMPLES_FILE, SamplesSink
 from trainkit.logging.sinks import BackgroundSink, SinkOpener
 from trainkit.logging.tensorboard import TENSORBOARD_DIRECTORY, TensorboardSink
@@ -54,7 +54,8 @@ class FileLog:
         self._step = _last_step(self._metrics.path)
         # Only now: file views begin by reading the metrics file.
         self._sinks = [BackgroundSink(name, opener) for name, opener in sinks.items()]
-        if abandoned is not None:
+        # After a clean stop only its last words stand behind the checkpoint: nothing that anyone could miss.
+        if abandoned is not None and any(record["kind"] != "message" for record in read_records(abandoned)):
             self.message(f"what was logged after the checkpoint moved to {abandoned.name}")
 
     def write(self, record: Mapping[str, Scalar]) -> None:
