@@ -234,7 +234,7 @@ class TrainTokenizerConfig(Schema):
 class TokenizerBenchmarkSpec:
     """What is measured, and on which texts."""
 
-    files: tuple[NotEmpty, ...] = ()
+    files: tuple[str, ...] = ()
     """Text files, each a corpus of its own."""
     grammar: bool = True
     """Stories of the project's own grammar, up to 4 MB, too: few words that often return."""
