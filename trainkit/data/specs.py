@@ -1,4 +1,4 @@
-"""Settings of the data pipelines. Grows into a union, told apart by `pipeline_mode`."""
+"""Settings of the data pipelines. Told apart by `pipeline_mode`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,3 @@ class MegatronDataSpec:
     """Path of the validation files without `.bin`/`.idx`; empty = no validation set."""
     prefetch: Annotated[int, Ge(0)] = 2
     """Steps that a background thread prepares ahead; 0 reads in the training thread. Does not change the samples."""
-
-
-DataSpec = MegatronDataSpec
