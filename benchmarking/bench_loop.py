@@ -41,7 +41,7 @@ class NullTask:
 
 
 class NullSource:
-    def steps(self, state: dict[str, Any] | None) -> Generator[tuple[list[Batch], dict[str, Any]]]:
+    def steps(self, states: list[dict[str, Any]] | None) -> Generator[tuple[list[Batch], dict[str, Any]]]:
         batch = {"x": torch.ones(1, 1), "valid": torch.ones(1, dtype=torch.bool)}
         while True:
             yield [batch], {}

@@ -218,8 +218,8 @@ class Prefetched:
     source: MegatronSource
     depth: int
 
-    def steps(self, state: DataState | None) -> Generator[tuple[list[Batch], DataState]]:
-        return prefetch(self.source.steps(state), self.depth)
+    def steps(self, states: list[DataState] | None) -> Generator[tuple[list[Batch], DataState]]:
+        return prefetch(self.source.steps(states), self.depth)
 
 
 def _evaluator(ingredients: Ingredients, world: World) -> Callable[[nn.Module, int], Mapping[str, float]] | None:

@@ -159,6 +159,15 @@ def main_first(action: Callable[[], T], world: World) -> T:
     return outcome[0]
 
 
+def gather_over_ranks(value: T, world: World) -> list[T]:
+    """Every rank's `value` (anything that pickles) in the order of the ranks, on all of them."""
+    if world.control_group is None:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value, group=world.control_group)
+    return values
+
+
 def any_rank(flag: bool, world: World) -> bool:
     """Whether any rank says so: all ranks get the same answer. Over the CPU group, so that no device waits."""
     if world.control_group is None:

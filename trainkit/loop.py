@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from profiling import nvtx
 from trainkit.averaging import averaged_weights, start_average, update_average
 from trainkit.checkpoints import CheckpointStore, Snapshot, load_model_tensors, model_tensors, save_checkpoint
-from trainkit.distribution import Replica, World, any_rank, replicate, wait_for_all
+from trainkit.distribution import Replica, World, any_rank, gather_over_ranks, replicate, wait_for_all
 from trainkit.errors import EXIT_USAGE, UserError
 from trainkit.meter import Meter, Totals, means
 from trainkit.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
@@ -40,11 +40,12 @@ Status = Literal["finished", "preempted", "non-finite"]
 class Source(Protocol):
     """Training data as an iterator that carries its state."""
 
-    def steps(self, state: DataState | None) -> Generator[tuple[list[Batch], DataState]]:
-        """Yield, for ever, this rank's micro-batches of the next step and the JSON state after it.
+    def steps(self, states: list[DataState] | None) -> Generator[tuple[list[Batch], DataState]]:
+        """Yield, for ever, this rank's micro-batches of the next step and this rank's JSON state after it.
 
-        `None` starts from the beginning. A checkpoint records the state of the last step *trained*, however far the
-        source has read ahead. Closing the generator stops whatever it started.
+        `None` starts from the beginning. A checkpoint records the states of all ranks, in their order, of the last step
+        *trained*, however far the source has read ahead; every rank resumes from the whole list, however many ranks
+        there are by then. Closing the generator stops whatever it started.
         """
         ...
 
@@ -108,6 +109,7 @@ class _State:
     meter: Meter
     step: int = 0
     data: DataState | None = None
+    """This rank's, after the last step of this call."""
     best: dict[str, Any] | None = None
     checkpoint: Path | None = None
 
@@ -117,7 +119,7 @@ def train(run: Run, resume: Snapshot | None = None) -> Result:
     state = _start(run, resume)
     status: Status = "finished"
     if state.step < run.training.max_steps:
-        with closing(run.source.steps(state.data)) as steps:
+        with closing(run.source.steps(resume.trainer["data"] if resume else None)) as steps:
             first = next(steps)
             _announce(run, state, first[0])
             status = _run_steps(run, state, _marked(chain([first], steps)))
@@ -209,7 +211,7 @@ def _start(run: Run, resume: Snapshot | None) -> _State:
         load_optimizer_tensors(state.optimizer, model, resume.optimizer)
         for name in state.average.keys() & resume.average.keys():
             state.average[name].copy_(resume.average[name])
-        state.step, state.data, state.best = trainer["step"], trainer["data"], trainer["best"] or None
+        state.step, state.best = trainer["step"], trainer["best"] or None
         state.scaler.load_state_dict(trainer["scaler"])
         state.meter.load_totals(trainer["open_metrics"])
     return state
@@ -320,12 +322,13 @@ def _evaluation_mode(state: _State) -> Generator[None]:
 
 def _save(run: Run, store: CheckpointStore, state: _State, open_metrics: Totals, *, is_stopping: bool) -> None:
     """Checkpoint from the first rank; the others wait, so that all agree on what exists."""
+    data_states = gather_over_ranks(state.data, run.world)
     if run.world.is_main:
         model = state.replica.module
         trainer = {
             "step": state.step,
             "samples": state.step * samples_per_step(run.training, run.facts),
-            "data": state.data,
+            "data": data_states,
             "best": state.best or {},
             "max_steps": run.training.max_steps,
             "scaler": state.scaler.state_dict(),

@@ -49,7 +49,7 @@ def real_rows(batches: list[dict[str, torch.Tensor]]) -> list[tuple[int, list[in
 
 def run(sources: list[MegatronSource], steps: int, state: dict[str, Any] | None = None) -> list[Any]:
     """What each step trains on, over all ranks in order."""
-    ranks = [list(islice(one.steps(state), steps)) for one in sources]
+    ranks = [list(islice(one.steps([state] if state else None), steps)) for one in sources]
     return [[row for step in zipped for row in real_rows(step[0])] for zipped in zip(*ranks, strict=True)]
 
 
@@ -120,7 +120,7 @@ def test_resuming_in_small_pieces(data: IndexedTokens) -> None:
     state, pieces = None, []
     for _ in range(15):
         pieces += run([source(data)], 1, state)
-        state = next(source(data).steps(state))[1]
+        state = next(source(data).steps([state] if state else None))[1]
     assert pieces == expected
 
 
@@ -134,7 +134,7 @@ def test_a_state_of_other_data_is_refused(data: IndexedTokens, tmp_path: Path) -
         (source(data, seed=2), "seed 1"),
     ):
         with pytest.raises(UserError, match=f"trained with {words}.*resume with the same"):
-            next(other.steps(state))
+            next(other.steps([state]))
 
 
 def test_a_state_follows_the_files_to_another_place(data: IndexedTokens, tmp_path: Path) -> None:
@@ -205,5 +205,5 @@ def test_opening_and_seeking_touch_little_of_a_huge_file(tmp_path: Path) -> None
     one = source(IndexedTokens.open(tmp_path / "x"), context_length=1024)
     last = one.windows - one.samples_per_step
     state = {"next_sample": last, "data": one.data.identity, "context_length": 1024, "seed": 1}
-    batches, after = next(one.steps(state))
+    batches, after = next(one.steps([state]))
     assert after["next_sample"] == one.windows and not batches[0]["tokens"].any()

@@ -129,8 +129,8 @@ class ToySource:
     samples: int = 12
     micro: int = 4
 
-    def steps(self, state: dict[str, Any] | None) -> Generator[tuple[list[Batch], dict[str, Any]]]:
-        start = state["next_sample"] if state else 0
+    def steps(self, states: list[dict[str, Any]] | None) -> Generator[tuple[list[Batch], dict[str, Any]]]:
+        start = states[0]["next_sample"] if states else 0
         while True:
             rank, size = self.world.rank, self.world.size
             mine = torch.arange(start + self.samples * rank // size, start + self.samples * (rank + 1) // size)

@@ -19,3 +19,58 @@ class MegatronDataSpec:
     """Path of the validation files without `.bin`/`.idx`; empty = no validation set."""
     prefetch: Annotated[int, Ge(0)] = 2
     """Steps that a background thread prepares ahead; 0 reads in the training thread. Does not change the samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamDataSpec:
+    """What `packed` and `rows` share: text that is read, shuffled and encoded while the run trains."""
+
+    dataset_name: str = ""
+    """A data set of the Hugging Face hub (`roneneldan/TinyStories`), or a local file or folder: `.txt`, `.jsonl`,
+    `.parquet`, newline shards, each of them also compressed with gzip."""
+    dataset_config: str = ""
+    """Configuration of a hub data set that has several, such as `sample-10BT`."""
+    revision: str = ""
+    """Commit, tag or branch of the hub data set; empty = the newest. Resolved once, when the run begins."""
+    train_split: str = "train"
+    """Split to train on."""
+    val_split: str = "validation"
+    """Split to validate on; empty = none."""
+    text_field: str = "text"
+    """Column that holds the text."""
+    streaming: bool = True
+    """Read a hub data set over the network as it is needed; `false` downloads it into the cache first."""
+    cache_dir: str = ""
+    """Folder of downloaded data sets; empty = `HF_DATASETS_CACHE`, else below `HF_HOME`."""
+    lanes: Literal[1, 2, 4, 8, 16, 32, 64] = 8
+    """Independent streams that the documents are dealt to: any number of ranks that divides it reads the same samples.
+    Part of the identity of the data."""
+    shuffle_window: Annotated[int, Ge(0)] = 10_000
+    """Documents among which a stream is shuffled, anew in each epoch, as are its files; 0 keeps their order. Data of
+    known size (downloaded) is shuffled as a whole."""
+    workers: Annotated[int, Ge(0)] = 1
+    """Threads that encode ahead; 0 encodes where it reads. Does not change the samples."""
+    prefetch: Annotated[int, Ge(0)] = 2
+    """Steps that a background thread prepares ahead; 0 reads in the training thread. Does not change the samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedDataSpec(StreamDataSpec):
+    """Windows full of text: documents one after the other, cut where a window ends."""
+
+    pipeline_mode: Literal["packed"] = "packed"
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """`concatenate` fills every window to the last token and cuts documents; `best_fit` keeps those that fit into a
+    window whole, and fills what remains with nothing (arXiv:2404.10830)."""
+    best_fit_documents: Annotated[int, Ge(1)] = 512
+    """Documents of a lane that `best_fit` packs together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsDataSpec(StreamDataSpec):
+    """One document a window: longer ones are cut, the rest of a window is filled with nothing."""
+
+    pipeline_mode: Literal["rows"] = "rows"
+
+
+DataSpec = MegatronDataSpec | PackedDataSpec | RowsDataSpec

@@ -72,14 +72,14 @@ class MegatronSource:
             result[chosen] = permute(within[chosen], self.windows, seed, Purpose.DATA_ORDER)
         return result
 
-    def steps(self, state: dict[str, Any] | None = None) -> Iterator[tuple[list[Batch], dict[str, Any]]]:
+    def steps(self, states: list[dict[str, Any]] | None = None) -> Iterator[tuple[list[Batch], dict[str, Any]]]:
         """Without end: this rank's micro-batches of the next step, and the JSON-able state after it.
 
         A batch holds `tokens` and `documents`, int64 [rows, context_length + 1], `sample`, int64 [rows], and `valid`,
         bool [rows]. `documents` numbers the documents of a row from 0. Rows that only fill the last micro-batch repeat
         a real row and are not `valid`. A state of other data, another window length or seed is a `UserError`.
         """
-        next_sample = 0 if state is None else self._position(state)
+        next_sample = 0 if states is None else self._position(states[0])  # all ranks are at the same sample
         while True:
             batches = self._step(next_sample)
             next_sample += self.samples_per_step
