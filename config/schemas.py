@@ -140,10 +140,10 @@ class TrainConfig(Experiment):
 
     @model_validator(mode="after")
     def _has_data(self) -> Self:
-        if not self.data.megatron_train_prefix:
+        if not (self.data.megatron_train_prefix or self.data.blend_prefixes):
             raise ValueError(
                 "data.megatron_train_prefix is required: the path of token files without .bin/.idx, "
-                "which transformerlm-make-data writes"
+                "which transformerlm-make-data writes (or data.blend_prefixes, for several)"
             )
         return self
 
@@ -317,10 +317,10 @@ class PipelineConfig(Experiment):
 
     @model_validator(mode="after")
     def _makes_its_data(self) -> Self:
-        if self.data.megatron_train_prefix or self.data.megatron_val_prefix:
+        if self.data.megatron_train_prefix or self.data.megatron_val_prefix or self.data.blend_prefixes:
             raise ValueError(
-                "data.megatron_train_prefix and data.megatron_val_prefix are the pipeline's to set: "
-                "leave them out, or run transformerlm-train on files that exist"
+                "data.megatron_train_prefix, data.megatron_val_prefix and data.blend_prefixes are the pipeline's to "
+                "set: leave them out, or run transformerlm-train on files that exist"
             )
         return self
 

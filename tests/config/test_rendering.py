@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 import tomli
@@ -51,8 +51,8 @@ def test_shipped_configurations_print_and_read_back(name: str) -> None:
 
 
 def some_value(annotation: Any) -> st.SearchStrategy[Any]:
-    if annotation == tuple[str, ...]:
-        return st.lists(st.text(max_size=8), max_size=3)
+    if get_origin(annotation) is tuple:
+        return st.lists(some_value(get_args(annotation)[0]), max_size=3)
     if annotation == FileName:  # hypothesis does not know patterns
         return st.text(st.characters(exclude_categories=["C"], exclude_characters="/\\."), min_size=1)
     return st.from_type(annotation)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
+
+OrderName = Literal["stable", "megatron"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +19,29 @@ class MegatronDataSpec:
     """Path of the training files without `.bin`/`.idx`."""
     megatron_val_prefix: str = ""
     """Path of the validation files without `.bin`/`.idx`; empty = no validation set."""
+    blend_prefixes: tuple[str, ...] = ()
+    """Several training files to mix, in place of `megatron_train_prefix`."""
+    blend_weights: tuple[Annotated[float, Gt(0)], ...] = ()
+    """How much of each file of `blend_prefixes`: shares of the samples, in proportion to each other."""
+    order: OrderName = "stable"
+    """`stable`: a keyed shuffle that a longer run only continues, without an index in memory. `megatron`: the samples
+    of Megatron-LM's `GPTDataset` and `BlendedDataset`, which depend on the length of the run."""
+    verify: bool = False
+    """Compare the token files with the SHA-256 in their manifests before the first step; their sizes and structure are
+    always checked."""
     prefetch: Annotated[int, Ge(0)] = 2
     """Steps that a background thread prepares ahead; 0 reads in the training thread. Does not change the samples."""
+
+    def __post_init__(self) -> None:
+        prefixes = self.blend_prefixes
+        if prefixes and self.megatron_train_prefix:
+            raise ValueError("has both megatron_train_prefix and blend_prefixes: leave one of them empty")
+        if len(prefixes) != len(self.blend_weights):
+            raise ValueError(f"blend_prefixes has {len(prefixes)} entries, blend_weights {len(self.blend_weights)}")
+        if len(prefixes) == 1:
+            raise ValueError(f"blend_prefixes has one entry: set megatron_train_prefix to {prefixes[0]!r} instead")
+        if twice := [prefix for prefix in prefixes if prefixes.count(prefix) > 1]:
+            raise ValueError(f"blend_prefixes names {twice[0]!r} twice: name it once, with the sum of its weights")
 
 
 @dataclass(frozen=True, kw_only=True)
