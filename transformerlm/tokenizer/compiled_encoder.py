@@ -59,8 +59,7 @@ class MergeTables:
 
 def merge_tables(vocabulary: Vocabulary) -> MergeTables:
     numbers = {token: number for number, token in enumerate(BYTES)}
-    for left, right in vocabulary.merges:
-        numbers.setdefault(left + right, len(numbers))
+    made = [numbers.setdefault(left + right, len(numbers)) for left, right in vocabulary.merges]
     lefts = np.array([numbers[left] for left, _ in vocabulary.merges], np.int64)
     rights = np.array([numbers[right] for _, right in vocabulary.merges], np.int64)
     capacity = 1 << max(10, (4 * len(lefts)).bit_length() - 1)
@@ -70,9 +69,8 @@ def merge_tables(vocabulary: Vocabulary) -> MergeTables:
     ranks = np.arange(len(lefts), dtype=np.int32)
     of_bytes = (lefts < 256) & (rights < 256)
     byte_pairs[(lefts << 8 | rights)[of_bytes]] = ranks[of_bytes]
-    made = np.array([numbers[left + right] for left, right in vocabulary.merges], np.int32)
-    ids = np.array([vocabulary.tokens[token] for token in numbers], np.int64)
-    return MergeTables(byte_pairs, pairs, made, ids)
+    ids = np.fromiter(map(vocabulary.tokens.__getitem__, numbers), np.int64, len(numbers))
+    return MergeTables(byte_pairs, pairs, np.array(made, np.int32), ids)
 
 
 class WordCache:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -85,7 +85,7 @@ def read_tokenizer_json(path: Path | str) -> Vocabulary:
         model = data["model"]
         pattern = _check_settings(data, model, str(path))
         ids = {str(name): _as_id(value) for name, value in model["vocab"].items()}
-        pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+        pairs = [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in model["merges"]]
         added = {str(token["content"]): _as_id(token["id"]) for token in data.get("added_tokens") or []}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is not a tokenizer.json of a BPE model ({error!r}); use another file") from error
@@ -162,11 +162,12 @@ def _read_pattern(path: Path) -> PatternName:
 
 
 def _assemble(
-    ids: dict[str, int], pairs: Iterable[tuple[str, ...]], special: Mapping[str, int | None], source: str
+    ids: dict[str, int], pairs: Iterable[Sequence[str]], special: Mapping[str, int | None], source: str
 ) -> Vocabulary:
     """Tell ordinary tokens from special ones and check that all of it fits together."""
     check_special_tokens(special, source)
-    merges = tuple(_merge_from_names(pair, number, source) for number, pair in enumerate(pairs, start=1))
+    token_of = {name: _token_from_name(name) for name in ids}
+    merges = _merges_from_names(pairs, token_of, source)
     for name, token_id in special.items():
         if token_id is not None and ids.get(name, token_id) != token_id:
             raise UserError(f"{source}: the special token {name!r} has two ids, {ids[name]} and {token_id}")
@@ -174,7 +175,7 @@ def _assemble(
     tokens: dict[bytes, int] = {}
     special_tokens = {name: token_id for name, token_id in special.items() if token_id is not None}
     for name, token_id in ids.items():
-        token = _token_from_name(name)
+        token = token_of[name]
         # Where a list is given, it alone decides; and a name made by merges is never special by its looks.
         if name in special or (not special and token not in made and LOOKS_SPECIAL.fullmatch(name)):
             special_tokens[name] = token_id
@@ -187,13 +188,19 @@ def _assemble(
     return vocabulary.with_special_tokens(special)
 
 
-def _merge_from_names(pair: tuple[str, ...], number: int, source: str) -> Merge:
-    tokens = [_token_from_name(name) for name in pair]
-    if len(tokens) != 2 or not all(tokens):
-        raise UserError(f"{source}: merge {number} ({' '.join(pair)}) is not a pair of byte-level tokens")
-    left, right = tokens
-    assert left and right
-    return left, right
+def _merges_from_names(
+    pairs: Iterable[Sequence[str]], token_of: Mapping[str, bytes | None], source: str
+) -> tuple[Merge, ...]:
+    merges: list[Merge] = []
+    for number, pair in enumerate(pairs, start=1):
+        left, right = pair if len(pair) == 2 else ("", "")
+        # Nearly all of them are in the vocabulary, and need not be translated again.
+        left_token = token_of[left] if left in token_of else _token_from_name(left)
+        right_token = token_of[right] if right in token_of else _token_from_name(right)
+        if not left_token or not right_token:
+            raise UserError(f"{source}: merge {number} ({' '.join(pair)}) is not a pair of byte-level tokens")
+        merges.append((left_token, right_token))
+    return tuple(merges)
 
 
 def _token_from_name(name: str) -> bytes | None:
@@ -207,17 +214,16 @@ def _read_ids(path: Path) -> dict[str, int]:
     data = _read_json(path)
     if not isinstance(data, dict):
         raise UserError(f"{path} is not a vocabulary: it must be an object of tokens and ids")
-    try:
-        return {name: _as_id(value) for name, value in data.items()}
-    except ValueError as error:
-        raise UserError(f"{path} is not a vocabulary: {error}") from error
+    if wrong := [value for value in data.values() if type(value) is not int]:
+        raise UserError(f"{path} is not a vocabulary: {wrong[0]!r} is not an id")
+    return data
 
 
-def _read_merges(path: Path) -> list[tuple[str, ...]]:
-    lines = [line.rstrip("\r") for line in _read_text(path).split("\n")]
+def _read_merges(path: Path) -> list[list[str]]:
+    lines = _read_text(path).replace("\r\n", "\n").split("\n")
     # Only a version line is a comment: "# #" is a merge.
     start = 1 if lines[0].startswith("#version") else 0
-    return [tuple(line.split(" ")) for line in lines[start:] if line]
+    return [line.split(" ") for line in lines[start:] if line]
 
 
 def _read_special_names(path: Path) -> dict[str, int | None]:

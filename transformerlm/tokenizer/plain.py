@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import chain
 
 from transformerlm.tokenizer.bpe import MergeTable, merge
@@ -51,8 +52,14 @@ class _WordCache(dict[str, tuple[int, ...]]):
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         super().__init__()
+        self._vocabulary = vocabulary
         self._id_of_byte = [vocabulary.tokens[token] for token in BYTES]
-        self._merges = _merge_table(vocabulary)
+
+    @cached_property
+    def _merges(self) -> MergeTable:  # not needed where all texts are long enough for the kernels
+        ids = self._vocabulary.tokens
+        merges = enumerate(self._vocabulary.merges)
+        return {(ids[left], ids[right]): (rank, ids[left + right]) for rank, (left, right) in merges}
 
     def __missing__(self, word: str) -> tuple[int, ...]:
         ids = tuple(merge([self._id_of_byte[value] for value in to_bytes(word)], self._merges))
@@ -61,8 +68,3 @@ class _WordCache(dict[str, tuple[int, ...]]):
                 self.clear()
             self[word] = ids
         return ids
-
-
-def _merge_table(vocabulary: Vocabulary) -> MergeTable:
-    ids = vocabulary.tokens
-    return {(ids[left], ids[right]): (rank, ids[left + right]) for rank, (left, right) in enumerate(vocabulary.merges)}

@@ -99,6 +99,9 @@ def _check_ids(vocabulary: Vocabulary, source: str) -> None:
             f"{source}: {len(missing)} of the 256 single bytes have no id, the first is 0x{missing[0].hex()}; "
             "this is not a byte-level vocabulary"
         )
+    ids = [*vocabulary.tokens.values(), *vocabulary.special_tokens.values()]
+    if len(set(ids)) == len(ids) and min(ids) >= 0 and max(ids) <= LARGEST_ID:
+        return
     owners: dict[int, str] = {}
     everything = [(token_name(token), token_id) for token, token_id in vocabulary.tokens.items()]
     for name, token_id in [*everything, *vocabulary.special_tokens.items()]:
@@ -112,12 +115,11 @@ def _check_ids(vocabulary: Vocabulary, source: str) -> None:
 def _check_merges(vocabulary: Vocabulary, source: str) -> None:
     made: set[bytes] = set(BYTES)
     for number, (left, right) in enumerate(vocabulary.merges, start=1):
-        pair = f"merge {number} ({token_name(left)} {token_name(right)})"
         for part in (left, right, left + right):
             if part not in vocabulary.tokens:
                 raise UserError(
-                    f"{source}: {pair} does not fit the vocabulary, which has no token {token_name(part)!r}; "
-                    "use the two files of one tokenizer"
+                    f"{source}: merge {number} ({token_name(left)} {token_name(right)}) does not fit the vocabulary, "
+                    f"which has no token {token_name(part)!r}; use the two files of one tokenizer"
                 )
         made.add(left + right)
     if len(set(vocabulary.merges)) != len(vocabulary.merges):
