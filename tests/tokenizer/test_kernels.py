@@ -218,7 +218,11 @@ class TestStartUp:
         compiled: list[bool] = []
         monkeypatch.setattr(compiled_encoder, "warm_up", lambda: compiled.append(True))
         readiness.load("compiled_encoder")
-        assert str(tmp_path) in capsys.readouterr().err
+        begun, done = capsys.readouterr().err.splitlines()
+        assert "compiling" in begun
+        assert "encoding" in begun
+        assert str(tmp_path) in begun
+        assert done.startswith("compiled them in ")
         monkeypatch.setattr(readiness, "_loaded", {})
         readiness.load("compiled_encoder")
         assert compiled == [True]

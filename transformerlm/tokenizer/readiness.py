@@ -13,6 +13,7 @@ import importlib
 import os
 import sys
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 from threading import RLock
@@ -24,6 +25,8 @@ LOADING_COST = 2 << 20
 """Bytes that the plain path encodes in the time in which compiled kernels are loaded from disk."""
 COMPILATION_COST = 32 << 20
 """The same for their first compilation."""
+
+PURPOSE = {"compiled_encoder": "encoding", "compiled_trainer": "training"}
 
 _lock = RLock()
 _loaded: dict[str, ModuleType] = {}
@@ -45,12 +48,25 @@ def load(name: str) -> ModuleType:
         if name not in _loaded:
             module = importlib.import_module(f"transformerlm.tokenizer.{name}")
             if not _marker(name).exists():
-                place = cache_directory()
-                print(f"compiling the tokenizer's kernels, once on this machine; kept in {place}", file=sys.stderr)
-                module.warm_up()
-                _marker(name).touch()
+                _compile(name, module)
             _loaded[name] = module
         return _loaded[name]
+
+
+def _compile(name: str, module: ModuleType) -> None:
+    """Compile by use, and say so: nobody should wait for long without knowing for what."""
+    place = cache_directory()
+    _say(f"compiling the tokenizer's kernels for {PURPOSE[name]}, once on this machine: about 10 s, kept in {place}")
+    start = time.monotonic()
+    module.warm_up()
+    _marker(name).touch()
+    _say(f"compiled them in {time.monotonic() - start:.1f} s")
+
+
+def _say(line: str) -> None:
+    # In one write, with its line end: a progress bar on the same terminal then moves below it whole.
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 @cache
