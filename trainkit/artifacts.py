@@ -21,7 +21,8 @@ from typing import Any
 from trainkit.errors import UserError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""Since 2 a manifest carries a checksum of itself; those of format 1 are still read."""
 TEMPORARY_MARK = ".tmp-"
 OLD_MARK = ".replaced"
 
@@ -31,8 +32,8 @@ def _no_hook(stage: str) -> None:
 
 
 step_hook: Callable[[str], None] = _no_hook
-"""Called with "write", "seal", "rename", "between" (of several renames) and "renamed" as a publication passes these
-points; tests replace it."""
+"""Called with "write", "seal", "fsync", "rename", "between" (of several renames) and "renamed" as a publication passes
+these points, and with "snapshot", "verify" and "prune" as a checkpoint does; tests replace it."""
 
 
 @contextmanager
@@ -110,9 +111,12 @@ def explain_failed_writes(path: Path | str) -> Generator[None]:
 
 
 def make_directory(path: Path) -> None:
-    """Create `path` and its parents, or say in one sentence why not."""
+    """Create `path` and its parents, durably, or say in one sentence why not."""
     try:
+        new = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for folder in new:
+            fsync_directory(folder.parent)
     except OSError as error:
         raise UserError(f"cannot create the directory {path}: {error.strerror}; choose a writable place") from error
 
@@ -127,7 +131,7 @@ def seal_directory(directory: Path, *, extra: Mapping[str, Any] | None = None) -
         files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     manifest = {"format": FORMAT, "files": files, **(extra or {})}
     target = directory / MANIFEST
-    target.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    target.write_text(_with_checksum(manifest), encoding="utf-8")
     _fsync_file(target)
     for folder in [directory, *(p for p in directory.rglob("*") if p.is_dir())]:
         fsync_directory(folder)
@@ -157,7 +161,8 @@ def read_manifest(directory: Path | str) -> dict[str, Any]:
     """The manifest of a sealed directory, its shape checked but not the files."""
     path = Path(directory) / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
     except FileNotFoundError:
         raise UserError(
             f"{directory} has no {MANIFEST}: it was not written completely, or is not such a directory"
@@ -169,9 +174,19 @@ def read_manifest(directory: Path | str) -> dict[str, Any]:
         isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()
     ):
         raise UserError(f"{path} is not a manifest; use another copy")
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in (1, FORMAT):
         raise UserError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; update the project")
+    checksum = manifest.pop("checksum", None)
+    if (checksum is not None or manifest["format"] != 1) and text != _with_checksum(manifest):
+        raise UserError(f"{path} is damaged: it does not match its own checksum; use another copy")
     return manifest
+
+
+def _with_checksum(manifest: Mapping[str, Any]) -> str:
+    """The text of a manifest file. Every byte counts: any other text that reads as the same object is damage."""
+    body = json.dumps(manifest, indent=1)
+    checksum = hashlib.sha256(body.encode()).hexdigest()
+    return json.dumps({**manifest, "checksum": checksum}, indent=1) + "\n"
 
 
 def sha256_file(path: Path | str) -> str:
@@ -203,6 +218,7 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def _fsync_file(path: Path) -> None:
+    step_hook("fsync")
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

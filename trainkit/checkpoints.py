@@ -4,35 +4,50 @@ Layout of `<run>/checkpoints/step-00000420/` (tensors and JSON only, no pickle):
 
     model.safetensors            weights by parameter name, without wrapper prefixes
     ema.safetensors              averaged weights, where kept
-    optimizer-00000.safetensors  optimizer tensors by parameter name; `optimizer.index.json` says which file holds what
-    trainer.json                 step, samples, position in the data, best metric, open sums of the log, offsets
+    optimizer-00000.safetensors  optimizer tensors by parameter name, each parameter whole in one of these shards
+    optimizer.index.json         which shard holds what
+    trainer.json                 step, samples, position in the data, horizon, best metric, open sums of the log
     …                            whatever the run adds (`model.json`, `tokenizer/`)
     manifest.json                bytes and SHA-256 of every file
 
-`latest` and `best` are relative links for people; the code recomputes what they mean.
+`latest` and `best` are relative links for people; the code recomputes what they mean. Who calls `save_checkpoint`, and
+when, is `trainkit.checkpoint_writer`; what stays is `trainkit.retention`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
-from trainkit.artifacts import TEMPORARY_MARK, is_sealed, publish_directory, remove_leftovers, verify_directory
+from trainkit import artifacts
+from trainkit.artifacts import (
+    TEMPORARY_MARK,
+    explain_failed_writes,
+    is_sealed,
+    publish_directory,
+    remove_leftovers,
+    verify_directory,
+)
 from trainkit.errors import UserError
+from trainkit.retention import apply_retention
 from trainkit.specs import CheckpointSpec
 
-FORMAT = 1
+FORMAT = 2
+SHARD_BYTES = 4 << 30
+"""An optimizer state that is larger goes into several files."""
 _STEP = re.compile(r"step-(\d{8,})")
 _MODEL, _AVERAGE, _TRAINER = "model.safetensors", "ema.safetensors", "trainer.json"
-_OPTIMIZER, _OPTIMIZER_INDEX = "optimizer-00000.safetensors", "optimizer.index.json"
+_OPTIMIZER_INDEX = "optimizer.index.json"
 
 
 @dataclass(frozen=True)
@@ -84,8 +99,46 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: 
         tensor.copy_(tensors[name])
 
 
+def copy_to_host(snapshot: Snapshot) -> Snapshot:
+    """The same state in memory of its own, which no later training step can touch."""
+
+    def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in tensors.items()
+        }
+
+    artifacts.step_hook("snapshot")
+    trainer = json.loads(json.dumps(snapshot.trainer))
+    model, optimizer, average = (copied(part) for part in (snapshot.model, snapshot.optimizer, snapshot.average))
+    return replace(snapshot, trainer=trainer, model=model, optimizer=optimizer, average=average)
+
+
+def non_finite_tensors(snapshot: Snapshot) -> list[str]:
+    """Names of the tensors that hold an infinity or a NaN. Reads each number once, on its device, and waits once."""
+    parts = {"model": snapshot.model, "optimizer": snapshot.optimizer, "average": snapshot.average}
+    tensors = {f"{part}/{name}": t.detach() for part, named in parts.items() for name, t in named.items()}
+    tensors = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+    bad: list[str] = []
+    for device in sorted({str(t.device) for t in tensors.values()}):
+        here = {name: t for name, t in tensors.items() if str(t.device) == device}
+        # The largest magnitude: no sum that could overflow, no temporary of the tensor's size, and NaN wins.
+        largest = [torch.linalg.vector_norm(t, math.inf, dtype=torch.float32) for t in here.values()]
+        finite = torch.stack(largest).isfinite().tolist()
+        bad += [name for name, is_finite in zip(here, finite, strict=True) if not is_finite]
+    return bad
+
+
+def snapshot_bytes(snapshot: Snapshot) -> int:
+    """Bytes of all tensors, about what the checkpoint takes on the disk."""
+    parts = (snapshot.model, snapshot.optimizer, snapshot.average)
+    return sum(t.numel() * t.element_size() for part in parts for t in part.values())
+
+
 def save_checkpoint(store: CheckpointStore, snapshot: Snapshot) -> Path:
-    """Publish `snapshot`; when it has been read back intact, update the links and prune. Returns its directory."""
+    """Publish `snapshot`; when it has been read back intact, update the links and prune. Returns its directory.
+
+    On a `UserError` (a full disk, for instance) nothing of it is there, and all that was there still is.
+    """
     step = int(snapshot.trainer["step"])
     path = store.root / f"step-{step:08d}"
     if path.exists() and not is_sealed(path, kind="checkpoint"):
@@ -96,16 +149,15 @@ def save_checkpoint(store: CheckpointStore, snapshot: Snapshot) -> Path:
         if snapshot.average:
             _write_tensors(directory / _AVERAGE, snapshot.average)
         if snapshot.optimizer:
-            _write_tensors(directory / _OPTIMIZER, snapshot.optimizer)
-            index = dict.fromkeys(sorted(snapshot.optimizer), _OPTIMIZER)
-            (directory / _OPTIMIZER_INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+            _write_optimizer(directory, snapshot.optimizer)
         trainer = {"format": FORMAT, **snapshot.trainer}
         (directory / _TRAINER).write_text(json.dumps(trainer, indent=1) + "\n", encoding="utf-8")
         store.write_assets(directory)
+    artifacts.step_hook("verify")
     verify_directory(path)
-    best_step = snapshot.trainer.get("best", {}).get("step")
-    _update_links(store.root, path, best_step)
-    _prune(store, newest=step, best=best_step)
+    with explain_failed_writes(store.root):
+        steps = [checkpoint_step(p) for p in list_checkpoints(store.root)]
+        apply_retention(store.root, store.spec, steps, newest=step, best=snapshot.trainer.get("best", {}).get("step"))
     store.saved(step)
     return path
 
@@ -142,7 +194,10 @@ def load_snapshot(path: Path) -> Snapshot:
     """Read a verified checkpoint, tensors on the CPU."""
     trainer = json.loads((path / _TRAINER).read_text(encoding="utf-8"))
     if trainer.get("format") != FORMAT:
-        raise UserError(f"{path} has format {trainer.get('format')}, this version reads {FORMAT}; update the project")
+        raise UserError(
+            f"{path} has format {trainer.get('format')} and this version resumes from format {FORMAT}: go on with the "
+            "version of the project that wrote it, or take over its weights with checkpoint.init_from"
+        )
     optimizer: dict[str, Tensor] = {}
     if (path / _OPTIMIZER_INDEX).exists():
         index = json.loads((path / _OPTIMIZER_INDEX).read_text(encoding="utf-8"))
@@ -152,32 +207,31 @@ def load_snapshot(path: Path) -> Snapshot:
     return Snapshot(trainer, safetensors.torch.load_file(path / _MODEL), optimizer, average)
 
 
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a verified checkpoint of any format, on the CPU."""
+    return safetensors.torch.load_file(path / _MODEL)
+
+
+def _write_optimizer(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    used = 0
+    for parameter in sorted({name.rsplit("/", 1)[0] for name in tensors}):
+        states = {name: t for name, t in tensors.items() if name.rsplit("/", 1)[0] == parameter}
+        size = sum(t.numel() * t.element_size() for t in states.values())
+        if shards[-1] and used + size > SHARD_BYTES:
+            shards.append({})
+            used = 0
+        shards[-1] |= states
+        used += size
+    files = {f"optimizer-{number:05d}.safetensors": shard for number, shard in enumerate(shards)}
+    for name, shard in files.items():
+        _write_tensors(directory / name, shard)
+    index = {tensor: name for name, shard in files.items() for tensor in sorted(shard)}
+    (directory / _OPTIMIZER_INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         safetensors.torch.save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     except safetensors.SafetensorError as error:  # how the library reports a full disk, too
         raise OSError(str(error)) from error
-
-
-def _update_links(root: Path, latest: Path, best_step: int | None) -> None:
-    targets = {"latest": latest.name}
-    if best_step is not None and (root / f"step-{best_step:08d}").is_dir():
-        targets["best"] = f"step-{best_step:08d}"
-    for name, target in targets.items():
-        temporary = root / f".{name}.tmp-link"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target)
-        temporary.replace(root / name)
-
-
-def _prune(store: CheckpointStore, newest: int, best: int | None) -> None:
-    """Delete what retention does not keep; renamed first, so that a kill never leaves half a checkpoint."""
-    steps = [checkpoint_step(p) for p in list_checkpoints(store.root) if checkpoint_step(p) <= newest]
-    kept = {*steps[-store.spec.keep_last :], best}
-    if store.spec.keep_every:
-        kept |= {step for step in steps if step % store.spec.keep_every == 0}
-    for step in steps:
-        if step not in kept:
-            path = store.root / f"step-{step:08d}"
-            path.rename(store.root / f".{path.name}.tmp-pruned")
-    remove_leftovers(store.root)

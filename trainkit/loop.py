@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from profiling import nvtx
 from trainkit.averaging import averaged_weights, start_average, update_average
-from trainkit.checkpoints import CheckpointStore, Snapshot, load_model_tensors, model_tensors, save_checkpoint
-from trainkit.distribution import Replica, World, any_rank, gather_over_ranks, replicate, wait_for_all
+from trainkit.checkpoint_writer import CheckpointWriter
+from trainkit.checkpoints import CheckpointStore, Snapshot, load_model_tensors, model_tensors, non_finite_tensors
+from trainkit.distribution import Replica, World, any_rank, gather_over_ranks, replicate
 from trainkit.errors import EXIT_USAGE, UserError
 from trainkit.meter import Meter, Totals, means
 from trainkit.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
@@ -111,7 +112,8 @@ class _State:
     data: DataState | None = None
     """This rank's, after the last step of this call."""
     best: dict[str, Any] | None = None
-    checkpoint: Path | None = None
+    writer: CheckpointWriter | None = None
+    """On the first rank, unless the run keeps nothing."""
 
 
 def train(run: Run, resume: Snapshot | None = None) -> Result:
@@ -119,11 +121,11 @@ def train(run: Run, resume: Snapshot | None = None) -> Result:
     state = _start(run, resume)
     status: Status = "finished"
     if state.step < run.training.max_steps:
-        with closing(run.source.steps(resume.trainer["data"] if resume else None)) as steps:
+        with closing(run.source.steps(resume.trainer["data"] if resume else None)) as steps, _writing(run, state):
             first = next(steps)
             _announce(run, state, first[0])
             status = _run_steps(run, state, _marked(chain([first], steps)))
-    return Result(status, state.step, state.best or {}, state.checkpoint)
+    return Result(status, state.step, state.best or {}, state.writer.newest if state.writer else None)
 
 
 def _marked(steps: Iterator[tuple[list[Batch], DataState]]) -> Iterator[tuple[list[Batch], DataState]]:
@@ -156,6 +158,7 @@ def _run_steps(run: Run, state: _State, steps: Iterable[tuple[list[Batch], DataS
         if not _is_finite(run, state, means(totals)):
             return "non-finite"
         if logs:
+            _tell(run, state)
             run.log.write(_training_record(run, state, means(totals), clock))
             state.meter.clear()
             totals = {}
@@ -166,7 +169,8 @@ def _run_steps(run: Run, state: _State, steps: Iterable[tuple[list[Batch], DataS
                 _sample(run, state)
         if saves and run.checkpoints is not None:
             with clock.paused():
-                _save(run, run.checkpoints, state, totals, is_stopping=is_stopping)
+                if not _save(run, run.checkpoints, state, totals, is_stopping=is_stopping):
+                    return "non-finite"
         if is_stopping:
             return "preempted"
         if is_last:
@@ -320,10 +324,30 @@ def _evaluation_mode(state: _State) -> Generator[None]:
     model.train()
 
 
-def _save(run: Run, store: CheckpointStore, state: _State, open_metrics: Totals, *, is_stopping: bool) -> None:
-    """Checkpoint from the first rank; the others wait, so that all agree on what exists."""
+@contextmanager
+def _writing(run: Run, state: _State) -> Generator[None]:
+    """Within the block `state.writer` saves in the background; when it ends, all is on the disk."""
+    if run.checkpoints is None or not run.world.is_main:
+        yield
+        return
+    try:
+        with CheckpointWriter(run.checkpoints) as state.writer:
+            yield
+    finally:
+        _tell(run, state)
+
+
+def _tell(run: Run, state: _State) -> None:
+    """What happened to the checkpoints meanwhile."""
+    for text in state.writer.messages() if state.writer else ():
+        run.log.message(text)
+
+
+def _save(run: Run, store: CheckpointStore, state: _State, open_metrics: Totals, *, is_stopping: bool) -> bool:
+    """Hand the state to the writer, from the first rank. False, on all ranks, when it is not fit to be kept."""
     data_states = gather_over_ranks(state.data, run.world)
-    if run.world.is_main:
+    bad: list[str] = []
+    if state.writer is not None:
         model = state.replica.module
         trainer = {
             "step": state.step,
@@ -340,8 +364,15 @@ def _save(run: Run, store: CheckpointStore, state: _State, open_metrics: Totals,
         optimizer = optimizer_tensors(state.optimizer, model) if keeps_optimizer else {}
         with nvtx.range("save"):
             snapshot = Snapshot(trainer, model_tensors(model), optimizer, state.average)
-            state.checkpoint = save_checkpoint(store, snapshot)
-    wait_for_all(run.world)
+            bad = non_finite_tensors(snapshot)
+            if bad:
+                run.log.message(
+                    f"stopped at step {state.step}: {bad[0]} holds an infinity or a NaN; nothing of it was saved, "
+                    "the newest checkpoint is from before; lower optimizer.learning_rate or look at the data"
+                )
+            else:
+                state.writer.save(snapshot)
+    return not any_rank(bool(bad), run.world)
 
 
 class _Clock:
