@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from config.schemas import TokenizerBenchmarkSpec
+from config.specs import TokenizerBenchmarkSpec
 from trainkit.errors import UserError
 from transformerlm.tokenizer import readiness
 from transformerlm.tokenizer.pretokenizer import PATTERNS

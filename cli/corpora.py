@@ -9,7 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from config.schemas import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
+from config.corpora import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
 from trainkit.errors import UserError
 
 Split = Literal["train", "val"]

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from cli.common import Command, run_command
 from config.loading import Loaded
-from config.schemas import (
+from config.schemas import EvalConfig
+from config.specs import (
     CheckpointEvaluationSpec,
-    EvalConfig,
     EvaluationDataSpec,
     FilesEvaluationDataSpec,
     GrammarEvaluationDataSpec,

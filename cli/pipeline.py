@@ -20,6 +20,7 @@ from cli.common import Command, run_command
 from config.loading import Loaded
 from config.rendering import to_toml
 from config.schemas import PipelineConfig, TrainConfig
+from trainkit.data.specs import MegatronDataSpec
 
 if TYPE_CHECKING:
     from transformerlm.tokenizer.tokenizer import Tokenizer
@@ -163,6 +164,7 @@ def report(config: TrainConfig) -> None:
     directory = run_directory(config)
     summary = read_summary(directory)
     if "stories" not in summary:
+        assert isinstance(config.data, MegatronDataSpec)
         if config.data.megatron_val_prefix:
             summary |= _score(config, directory)
         summary["stories"] = _tell_stories(config, directory)
@@ -196,7 +198,7 @@ def _weights(config: TrainConfig) -> Literal["raw", "ema"]:
 def _score(config: TrainConfig, directory: Path) -> dict[str, Any]:
     """What `transformerlm-eval` says of the best checkpoint."""
     from cli.eval import evaluate_checkpoint
-    from config.schemas import CheckpointEvaluationSpec, RunEvaluationDataSpec
+    from config.specs import CheckpointEvaluationSpec, RunEvaluationDataSpec
 
     spec = CheckpointEvaluationSpec(
         checkpoint=str(directory),

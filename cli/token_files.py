@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cli.corpora import Split, fingerprint, open_documents
-from config.schemas import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
+from config.corpora import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
 from trainkit.data.megatron import (
     IndexedTokens,
     IndexedWriter,

@@ -7,8 +7,9 @@ table of several kinds and its settings), the origin of the value and, for an un
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
@@ -77,8 +78,8 @@ def locate(location: Path, schema: type, given: Any) -> tuple[Path, type | None,
     parts = list(location)
     while parts:
         part = parts.pop(0)
-        if table is None:  # inside a setting: list positions count, the names of union members do not
-            path += [part] if isinstance(part, int) else []
+        if table is None:  # inside a setting: positions and names count, those of union members do not
+            path += [part] if isinstance(part, int) or get_origin(annotation) is dict else []
             continue
         path.append(part)
         annotation = fields(table).get(str(part))
@@ -132,18 +133,18 @@ def _given(value: Any) -> str:
     return f", not {value!r}" if isinstance(value, str | int | float) else ""
 
 
-def _choice(allowed: list[str], value: Any) -> str:
-    names = ", ".join(f'"{name}"' for name in allowed)
-    near = difflib.get_close_matches(str(value), allowed, n=1)
+def _choice(allowed: Sequence[str | int], value: Any) -> str:
+    names = ", ".join(json.dumps(name) for name in allowed)
+    near = difflib.get_close_matches(str(value), [name for name in allowed if isinstance(name, str)], n=1)
     guess = f'; did you mean "{near[0]}"?' if near else ""
     return f"must be {'one of ' if len(allowed) > 1 else ''}{names}{_given(value)}{guess}"
 
 
-def _literal_values(annotation: Any) -> list[str]:
-    from typing import Literal, get_args, get_origin
+def _literal_values(annotation: Any) -> list[str | int]:
+    from typing import Literal, get_args
 
     literals = [member for member in members(annotation) if get_origin(member) is Literal]
-    return [str(value) for literal in literals for value in get_args(literal)]
+    return [value for literal in literals for value in get_args(literal)]
 
 
 def _example(annotation: Any, path: Path) -> str:

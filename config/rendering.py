@@ -176,6 +176,8 @@ def type_name(annotation: Any) -> str:
         return f"one of {', '.join(json.dumps(value) for value in get_args(annotation))}"
     if get_origin(annotation) in (tuple, list):
         return f"list of {type_name(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return "table of names and texts"
     if len(members(annotation)) > 1:
         return " or ".join(type_name(member) for member in members(annotation))
     return {bool: "true or false", int: "whole number", float: "number", str: "text"}.get(annotation, "value")

@@ -117,7 +117,7 @@ def test_what_must_hold_between_tables() -> None:
     )
     assert "at most model.context_length" in only(PipelineConfig, "inference.total_length=300")
     assert "at most model.context_length" in only(PipelineConfig, "evaluation.stride=300")
-    assert "the pipeline's to set" in only(PipelineConfig, "data.megatron_val_prefix=x")
+    assert "the pipeline makes its token files" in only(PipelineConfig, "data.megatron_val_prefix=x")
     assert "data.megatron_train_prefix is required" in only(TrainConfig, "tokenizer.path=t")
 
 

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from config.loading import Loaded, load, resolved, shipped, shipped_names
 from config.rendering import explain, json_schema, to_toml, toml_value
-from config.schemas import COMMANDS, FileName, PipelineConfig, TrainConfig
+from config.schemas import COMMANDS, SET_NAME, PipelineConfig, TrainConfig
+from config.specs import FileName
 from config.tables import kinds, walk
 from trainkit.errors import UserError
 
@@ -51,6 +52,8 @@ def test_shipped_configurations_print_and_read_back(name: str) -> None:
 
 
 def some_value(annotation: Any) -> st.SearchStrategy[Any]:
+    if get_origin(annotation) is dict:
+        return st.dictionaries(st.from_regex(SET_NAME, fullmatch=True), st.text(), max_size=3)
     if get_origin(annotation) is tuple:
         return st.lists(some_value(get_args(annotation)[0]), max_size=3)
     if annotation == FileName:  # hypothesis does not know patterns
@@ -78,7 +81,8 @@ def test_any_values_print_and_read_back(data: st.DataObject) -> None:
     for (table, field), value in values.items():
         found = getattr(getattr(loaded.config, table), field)
         assert found == (tuple(value) if isinstance(value, list) else value)
-        assert loaded.origins[f"{table}.{field}"] == "command line"
+        names = [f"{table}.{field}.{key}" for key in value] if isinstance(value, dict) else [f"{table}.{field}"]
+        assert all(loaded.origins[name] == "command line" for name in names)
     again = read_back(schema, to_toml(loaded))
     assert again.config == loaded.config
 

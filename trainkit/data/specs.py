@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
 OrderName = Literal["stable", "megatron"]
 
@@ -19,6 +19,11 @@ class MegatronDataSpec:
     """Path of the training files without `.bin`/`.idx`."""
     megatron_val_prefix: str = ""
     """Path of the validation files without `.bin`/`.idx`; empty = no validation set."""
+    megatron_test_prefix: str = ""
+    """Path of the test files without `.bin`/`.idx`, which no run reads: `transformerlm-eval` does."""
+    validation_sets: dict[str, str] = field(default_factory=dict[str, str])
+    """More validation sets, by name: paths of token files without `.bin`/`.idx`. The loss of the set `wiki` is logged
+    as `val_loss/wiki`."""
     blend_prefixes: tuple[str, ...] = ()
     """Several training files to mix, in place of `megatron_train_prefix`."""
     blend_weights: tuple[Annotated[float, Gt(0)], ...] = ()
@@ -58,13 +63,35 @@ class StreamDataSpec:
     train_split: str = "train"
     """Split to train on."""
     val_split: str = "validation"
-    """Split to validate on; empty = none."""
+    """Split to validate on; empty = none. Not read where `validation_fraction` holds documents out."""
+    test_split: str = ""
+    """Split that no run reads: `transformerlm-eval` does; empty = none."""
+    validation_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of the documents of `train_split` held out for validation, chosen by a hash of their text: equal documents
+    stay together, and those of larger data stay where they were."""
+    test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of the documents of `train_split` held out for the test, chosen in the same way."""
+    validation_sets: dict[str, str] = field(default_factory=dict[str, str])
+    """More validation sets, by name: a split of the same data set or, with a slash or a file's ending in it, the path
+    of a local file or folder. The loss of the set `wiki` is logged as `val_loss/wiki`."""
+    max_val_documents: Annotated[int, Ge(0)] = 5_000
+    """Documents of each validation set: the first so many, which are kept in memory; 0 = all."""
+    dataset_variant: Literal["full", "small"] = "full"
+    """`small` takes the first documents of each split and no more, for a quick try."""
+    small_train_samples: Annotated[int, Ge(1)] = 50_000
+    """Documents of `train_split` in the small variant."""
+    small_val_samples: Annotated[int, Ge(1)] = 5_000
+    """Documents of every other split in the small variant."""
+    max_document_characters: Annotated[int, Ge(0)] = 0
+    """Cut longer documents, at the end of a paragraph or line where there is one, into documents of at most so many
+    characters: a book becomes many; 0 never cuts."""
     text_field: str = "text"
     """Column that holds the text."""
     streaming: bool = True
     """Read a hub data set over the network as it is needed; `false` downloads it into the cache first."""
     cache_dir: str = ""
-    """Folder of downloaded data sets; empty = `HF_DATASETS_CACHE`, else below `HF_HOME`."""
+    """Folder of downloaded data sets, shared by all runs; empty = `HF_DATASETS_CACHE`, else `datasets` in `HF_HOME`,
+    else `data/cache`."""
     lanes: Literal[1, 2, 4, 8, 16, 32, 64] = 8
     """Independent streams that the documents are dealt to: any number of ranks that divides it reads the same samples.
     Part of the identity of the data."""
@@ -75,6 +102,13 @@ class StreamDataSpec:
     """Threads that encode ahead; 0 encodes where it reads. Does not change the samples."""
     prefetch: Annotated[int, Ge(0)] = 2
     """Steps that a background thread prepares ahead; 0 reads in the training thread. Does not change the samples."""
+
+    def __post_init__(self) -> None:
+        held_out = self.validation_fraction + self.test_fraction
+        if held_out >= 1:
+            raise ValueError(
+                f"validation_fraction and test_fraction hold out {held_out:g} of the documents: leave some to train on"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,187 @@
+"""Tables that only make sense for a whole command, and so belong to neither package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Lt
+from pydantic import StringConstraints
+
+from config.corpora import NotEmpty
+from trainkit.specs import TrainingSpec
+from transformerlm.evaluation.specs import EvaluationSpec
+from transformerlm.inference.specs import PrecisionName, SamplingSpec, WeightsName
+from transformerlm.tokenizer.specs import TokenizerTrainingSpec
+
+FileName = Annotated[str, StringConstraints(pattern=r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]
+TokenType = Literal["auto", "uint16", "int32"]
+
+# -- a training run
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """Which run this is."""
+
+    name: FileName = "run"
+    """Name of the run and of its folder; unless set, the name of the configuration file without `.toml`."""
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
+    """Every random number of the run follows from this one."""
+    dir: NotEmpty = "runs"
+    """Folder of all runs; this one writes into `dir/name`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunTrainingSpec(TrainingSpec):
+    """The loop, and what it trains for."""
+
+    objective: Literal["ar"] = "ar"
+    """`ar`: predict each token from those before it. Chooses the kind of the table `[objective]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesSpec(SamplingSpec):
+    """The texts that a run writes into `samples.md` while it trains and at its end."""
+
+    prompts: tuple[str, ...] = ("Once upon a time",)
+    """Texts to continue, one sample each; an empty text starts a new document."""
+    total_length: Annotated[int, Ge(0)] = 0
+    """Tokens of prompt and continuation together, at most the model's context length; 0 = that length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFilesSpec:
+    """A trained tokenizer."""
+
+    path: NotEmpty
+    """Folder of the tokenizer, as `transformerlm-train-tokenizer` writes it."""
+
+
+# -- results
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOutputSpec:
+    """Where the tokenizer goes."""
+
+    dir: NotEmpty = "data/tokenizer"
+    """Folder to write: it appears whole or not at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensOutputSpec:
+    """Where the token files go."""
+
+    train_prefix: NotEmpty = "data/train"
+    """Path of the training files without `.bin`/`.idx`."""
+    val_prefix: str = "data/val"
+    """Path of the validation files without `.bin`/`.idx`; empty = write none."""
+    test_prefix: str = "data/test"
+    """Path of the test files without `.bin`/`.idx`, for a corpus that has a test split; empty = write none."""
+    dtype: TokenType = "auto"
+    """Type of a stored token; `auto` takes the smallest that holds the vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineTokenizerSpec(TokenizerTrainingSpec):
+    """A tokenizer to train, or one that exists."""
+
+    path: str = ""
+    """Folder of a tokenizer to use as it is; empty trains one with the other settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactsSpec:
+    """What the pipeline makes before it trains, and reuses while it matches the configuration and its inputs."""
+
+    dir: NotEmpty = "artifacts"
+    """Folder of the tokenizer and the token files."""
+    dtype: TokenType = "auto"
+    """Type of a stored token; `auto` takes the smallest that holds the vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerBenchmarkSpec:
+    """What is measured, and on which texts."""
+
+    files: tuple[str, ...] = ()
+    """Text files, each a corpus of its own."""
+    grammar: bool = True
+    """Stories of the project's own grammar, up to 4 MB, too: few words that often return."""
+    machine: bool = True
+    """Sources and documentation of installed packages, too: many words."""
+    megabytes: Annotated[float, Gt(0)] = 5.0
+    """How much of each corpus to take, in millions of characters."""
+    tokenizer: str = ""
+    """Folder of the tokenizer to measure; empty = train one on the corpora."""
+    vocab_size: Annotated[int, Ge(257)] = 8192
+    """Number of ids when training."""
+    repeats: Annotated[int, Ge(1)] = 3
+    """Rounds of encoding and decoding; medians are reported."""
+    training_repeats: Annotated[int, Ge(1)] = 1
+    """Rounds of training."""
+    memory: bool = True
+    """Measure the memory of training, too."""
+
+
+# -- evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointEvaluationSpec(EvaluationSpec):
+    """Which model to score, and how."""
+
+    checkpoint: NotEmpty
+    """A checkpoint: its step folder, its run folder, or `…/checkpoints/best` or `latest`."""
+    weights: WeightsName = "raw"
+    """`raw`: the trained weights; `ema`: their running average, where the run kept one."""
+    device: str = "auto"
+    """`auto` takes CUDA where it exists, else the CPU; or a device name such as `cpu`, `cuda`, `cuda:1`, `mps`."""
+    precision: PrecisionName = "fp32"
+    """Type of weights and arithmetic; sums of log-probabilities are always in 64-bit floats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEvaluationDataSpec:
+    """What the run that made the checkpoint held out."""
+
+    kind: Literal["run"] = "run"
+    set: NotEmpty = "val"
+    """`val`: what the run chose its best checkpoint by; `test`: its test set; or one of its `data.validation_sets`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensEvaluationDataSpec:
+    """Token files."""
+
+    kind: Literal["tokens"] = "tokens"
+    prefix: NotEmpty
+    """Path of the files without `.bin`/`.idx`; the tokenizer must be the checkpoint's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesEvaluationDataSpec:
+    """Text files."""
+
+    kind: Literal["files"] = "files"
+    paths: tuple[NotEmpty, ...]
+    """`.jsonl` (a document per row) or `.txt` (documents between `<|endoftext|>` lines)."""
+    text_field: NotEmpty = "text"
+    """Field of a row that holds its text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrammarEvaluationDataSpec:
+    """Held-out stories of the grammar: the model's loss beside the grammar's own, and their difference."""
+
+    kind: Literal["grammar"] = "grammar"
+    num_stories: Annotated[int, Ge(1)] = 500
+    """How many stories to score."""
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
+    """Seed of the corpus: the one that the model was trained with, so that the stories are held out."""
+
+
+EvaluationDataSpec = (
+    RunEvaluationDataSpec | TokensEvaluationDataSpec | FilesEvaluationDataSpec | GrammarEvaluationDataSpec
+)
