@@ -26,17 +26,9 @@ import numpy.typing as npt
 
 from cli.corpora import Split, fingerprint, open_documents
 from config.corpora import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
-from trainkit.data.megatron import (
-    IndexedTokens,
-    IndexedWriter,
-    TokenManifest,
-    bin_path,
-    idx_path,
-    manifest_path,
-    read_manifest,
-    smallest_dtype,
-    verify,
-)
+from trainkit.data.megatron import IndexedTokens, bin_path, idx_path, smallest_dtype, verify
+from trainkit.data.megatron_writer import IndexedWriter
+from trainkit.data.token_manifest import TokenManifest, manifest_path, read_manifest
 from trainkit.errors import UserError
 from transformerlm.tokenizer.tokenizer import Tokenizer
 

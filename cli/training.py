@@ -17,8 +17,10 @@ from torch import nn
 from config.loading import resolved
 from config.schemas import TrainConfig
 from trainkit.checkpoints import CheckpointStore, find_newest_intact, load_snapshot
-from trainkit.data.megatron import IndexedTokens
+from trainkit.data.megatron import IndexedTokens, verify
+from trainkit.data.orders import Order, build_order
 from trainkit.data.prefetch import prefetch
+from trainkit.data.specs import MegatronDataSpec
 from trainkit.data.windows import MegatronSource
 from trainkit.distribution import World, choose_device, main_first, open_world, sum_over_ranks, widest_float
 from trainkit.errors import EXIT_NON_FINITE, EXIT_REQUEUE, EXIT_USAGE, UserError
@@ -57,7 +59,8 @@ class Ingredients:
 
     config: TrainConfig
     tokenizer: Tokenizer
-    train_tokens: IndexedTokens
+    train_tokens: list[IndexedTokens]
+    order: Order
     val_tokens: IndexedTokens | None
 
 
@@ -73,6 +76,7 @@ def train_from_config(config: TrainConfig, *, config_toml: str | None = None, re
     with open_world(config.training) as world, catch_interrupts() as interrupts, ExitStack() as held:
 
         def claim() -> None:
+            _verify_data(ingredients)
             held.enter_context(hold_run_directory(directory))
             create_run_directory(directory, config_json=recorded(ingredients), config_toml=config_toml, resume=resume)
 
@@ -97,7 +101,7 @@ def recorded(ingredients: Ingredients) -> dict[str, Any]:
     """What `config.json` holds: every setting, and the identity of what the paths among them led to."""
     inputs = {
         "tokenizer": ingredients.tokenizer.content_hash,
-        "train": ingredients.train_tokens.identity,
+        "train": " ".join(tokens.identity for tokens in ingredients.train_tokens),
         "val": ingredients.val_tokens.identity if ingredients.val_tokens else "",
     }
     return {**resolved(ingredients.config), "inputs": inputs}
@@ -106,16 +110,30 @@ def recorded(ingredients: Ingredients) -> dict[str, Any]:
 def open_ingredients(config: TrainConfig) -> Ingredients:
     """Open tokenizer and data, and refuse what does not fit together."""
     tokenizer = Tokenizer.load(config.tokenizer.path)
-    prefixes = config.data.megatron_train_prefix, config.data.megatron_val_prefix
-    train_tokens, val_tokens = (IndexedTokens.open(prefix) if prefix else None for prefix in prefixes)
-    assert train_tokens is not None
-    for tokens in (train_tokens, val_tokens):
-        if tokens is not None:
-            _check_tokenizer(tokens, tokenizer, config.tokenizer.path)
-    ingredients = Ingredients(config, tokenizer, train_tokens, val_tokens)
-    _source(ingredients, rank=0, world_size=1)  # refuses text that is too short
+    assert isinstance(config.data, MegatronDataSpec)
+    data = config.data
+    train_tokens = [IndexedTokens.open(prefix) for prefix in data.blend_prefixes or (data.megatron_train_prefix,)]
+    val_tokens = IndexedTokens.open(data.megatron_val_prefix) if data.megatron_val_prefix else None
+    for tokens in (*train_tokens, *([val_tokens] if val_tokens else [])):
+        _check_tokenizer(tokens, tokenizer, config.tokenizer.path)
+    order = build_order(
+        data.order,
+        train_tokens,
+        data.blend_weights,
+        context_length=config.model.context_length,
+        seed=config.run.seed,
+        num_samples=config.training.max_steps * samples_per_step(config.training, _facts(config, tokenizer)),
+    )
     _check_prompts(config, tokenizer)
-    return ingredients
+    return Ingredients(config, tokenizer, train_tokens, order, val_tokens)
+
+
+def _verify_data(ingredients: Ingredients) -> None:
+    assert isinstance(ingredients.config.data, MegatronDataSpec)
+    if ingredients.config.data.verify:
+        for tokens in (*ingredients.train_tokens, ingredients.val_tokens):
+            if tokens is not None:
+                verify(tokens.prefix)
 
 
 def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -201,11 +219,9 @@ def _facts(config: TrainConfig, tokenizer: Tokenizer) -> RunFacts:
 def _source(ingredients: Ingredients, *, rank: int, world_size: int) -> MegatronSource:
     config = ingredients.config
     return MegatronSource(
-        data=ingredients.train_tokens,
-        context_length=config.model.context_length,
+        order=ingredients.order,
         samples_per_step=samples_per_step(config.training, _facts(config, ingredients.tokenizer)),
         device_batch_size=config.training.device_batch_size,
-        seed=config.run.seed,
         rank=rank,
         world_size=world_size,
     )

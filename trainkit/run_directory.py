@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "distributed",
     "profiling",
     "data.prefetch",
+    "data.verify",
     "data.workers",
     "training.device",
     "training.threads",

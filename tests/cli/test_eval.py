@@ -12,7 +12,7 @@ import pytest
 
 from cli import eval as command
 from tests.models.checkpoints import SPEC, model, tokenizer, write_checkpoint
-from trainkit.data.megatron import IndexedWriter
+from trainkit.data.megatron_writer import IndexedWriter
 from transformerlm.corpus.stories import log_prob, sample, split_seed
 from transformerlm.evaluation.likelihood import score_documents
 

@@ -21,7 +21,8 @@ from cli import make_data, token_files
 from cli.corpora import fingerprint, open_documents
 from cli.token_files import build_token_files, has_split
 from config.corpora import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
-from trainkit.data.megatron import IndexedTokens, IndexedWriter
+from trainkit.data.megatron import IndexedTokens
+from trainkit.data.megatron_writer import IndexedWriter
 from trainkit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, UserError
 from transformerlm.corpus.stories import sample, split_seed
 from transformerlm.tokenizer.specs import TokenizerTrainingSpec

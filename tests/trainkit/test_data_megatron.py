@@ -19,15 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainkit import artifacts
-from trainkit.data.megatron import (
-    IndexedTokens,
-    IndexedWriter,
-    bin_path,
-    idx_path,
-    manifest_path,
-    smallest_dtype,
-    verify,
-)
+from trainkit.data.megatron import IndexedTokens, bin_path, idx_path, smallest_dtype, verify
+from trainkit.data.megatron_writer import IndexedWriter
+from trainkit.data.token_manifest import manifest_path
 from trainkit.errors import UserError
 
 CODES = {
@@ -124,33 +118,10 @@ def test_documents_of_several_sequences(tmp_path_factory: pytest.TempPathFactory
     assert opened.manifest is None and len(opened.identity) == 64
 
 
-@pytest.mark.filterwarnings("ignore")  # their warnings are not ours
-@pytest.mark.parametrize("dtype", sorted(CODES))
-def test_bytes_equal_megatron_core(tmp_path: Path, dtype: str):
-    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed")
-    import torch
-
-    rng = np.random.default_rng(7)
-    for case in range(20):
-        high = np.iinfo(dtype).max
-        lengths = rng.integers(0, 50, size=int(rng.integers(1, 30)))
-        documents = [rng.integers(0, high, size=n, endpoint=True, dtype=dtype) for n in [*lengths, 3]]
-        theirs = tmp_path / f"theirs-{case}"
-        builder = indexed.IndexedDatasetBuilder(str(bin_path(theirs)), dtype=getattr(np, dtype))
-        for document in documents:
-            builder.add_document(torch.from_numpy(document.astype(np.int64)), [len(document)])
-        builder.finalize(str(idx_path(theirs)))
-        ours = tmp_path / f"ours-{case}"
-        write(ours, [document.tolist() for document in documents], dtype)
-        assert bin_path(ours).read_bytes() == bin_path(theirs).read_bytes()
-        assert idx_path(ours).read_bytes() == idx_path(theirs).read_bytes()
-        read = indexed.IndexedDataset(str(ours))
-        assert all((read[i] == document).all() for i, document in enumerate(documents))
-
-
 def test_the_content_of_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The passes over index and tokens go chunk by chunk: chunk borders must not show."""
-    monkeypatch.setattr("trainkit.data.megatron._CHUNK", 7)
+    for module in ("megatron", "megatron_writer"):
+        monkeypatch.setattr(f"trainkit.data.{module}.CHUNK", 7)
     rng = np.random.default_rng(1)
     documents = [rng.integers(0, 100, size=n).tolist() for n in rng.integers(0, 5, size=50)]
     data = write(tmp_path / "x", documents)
@@ -227,7 +198,7 @@ BIN, IDX = layout([[1, 2, 3], [4, 5]], [0, 1, 2], "uint16")
         (BIN, b"NOTMEGA\x00\x00" + IDX[9:], ["x.idx", "magic"]),
         (BIN, replace(IDX, 9, "<Q", 2), ["x.idx", "version 2"]),
         (BIN, replace(IDX, 17, "<B", 9), ["x.idx", "dtype code 9"]),
-        (BIN, replace(IDX, 17, "<B", 7), ["x.idx", "dtype code 7"]),
+        (BIN, replace(IDX, 17, "<B", 7), ["x.idx", "dtype code 7", "float32"]),
         (BIN, replace(IDX, 17, "<B", 4), ["x.idx", "byte pointer 6 for sequence 1"]),
         (BIN, replace(IDX, 18, "<Q", 3), ["x.idx", "announces"]),
         (BIN, replace(IDX, 18, "<Q", 2**63), ["x.idx", "announces"]),
@@ -378,7 +349,7 @@ def test_a_kill_between_the_renames_is_never_a_mix_and_the_next_writer_brings_th
             (folder / name).write_bytes(content)
         code = (
             "import os, signal, sys, numpy as np\n"
-            "from trainkit import artifacts; from trainkit.data.megatron import IndexedWriter\n"
+            "from trainkit import artifacts; from trainkit.data.megatron_writer import IndexedWriter\n"
             "left = [int(sys.argv[2])]\n"
             "def hook(stage):\n"
             "    if stage == 'between':\n"
@@ -401,13 +372,13 @@ def test_a_kill_between_the_renames_is_never_a_mix_and_the_next_writer_brings_th
 
 def test_leftovers_of_a_killed_writer_are_removed_and_a_live_one_is_respected(tmp_path: Path):
     code = (
-        "import sys, time; from trainkit.data.megatron import IndexedWriter\n"
+        "import sys, time; from trainkit.data.megatron_writer import IndexedWriter\n"
         "with IndexedWriter(sys.argv[1], 'uint16'): print('open', flush=True); time.sleep(600)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "x")], stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None and child.stdout.readline() == b"open\n"
-        assert len(entries(tmp_path)) == 2
+        assert len(entries(tmp_path)) == 3
         with pytest.raises(UserError, match="another process is writing"):
             write(tmp_path / "x", [[1]])
         write(tmp_path / "x.bin", [[1]])  # a neighbour whose name begins alike

@@ -14,8 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainkit.data.megatron import IndexedTokens, IndexedWriter, bin_path, idx_path
-from trainkit.data.windows import MegatronSource, gather_windows
+from trainkit.data.megatron import IndexedTokens, bin_path, idx_path
+from trainkit.data.megatron_writer import IndexedWriter
+from trainkit.data.orders import StableOrder, build_order, gather_windows
+from trainkit.data.windows import MegatronSource
 from trainkit.errors import UserError
 
 LENGTH = 8
@@ -32,8 +34,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> IndexedTokens:
 
 
 def source(data: IndexedTokens, **changes: int) -> MegatronSource:
-    settings = {"context_length": LENGTH, "samples_per_step": 10, "device_batch_size": 4, "seed": 1, **changes}
-    return MegatronSource(data=data, **settings)
+    sizes = {"samples_per_step": 10, "device_batch_size": 4, "rank": 0, "world_size": 1}
+    return MegatronSource(
+        order=build_order(
+            "stable",
+            [data],
+            [],
+            context_length=changes.get("context_length", LENGTH),
+            seed=changes.get("seed", 1),
+            num_samples=1000,
+        ),
+        **{name: changes.get(name, size) for name, size in sizes.items()},
+    )
 
 
 def real_rows(batches: list[dict[str, torch.Tensor]]) -> list[tuple[int, list[int], list[int]]]:
@@ -54,20 +66,20 @@ def run(sources: list[MegatronSource], steps: int, state: dict[str, Any] | None 
 
 
 def test_an_epoch_holds_each_window_once_and_epochs_differ(data: IndexedTokens) -> None:
-    one = source(data)
+    one = StableOrder(data, LENGTH, 1)
     count = (len(data.tokens) - 1) // LENGTH
     assert one.windows == count
     order = one.window_of(np.arange(3 * count))
     epochs = [order[i * count : (i + 1) * count].tolist() for i in range(3)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in [*epochs, list(range(count))]}) == 4
-    other_seed = source(data, seed=2).window_of(np.arange(count)).tolist()
+    other_seed = StableOrder(data, LENGTH, 2).window_of(np.arange(count)).tolist()
     assert sorted(other_seed) == list(range(count)) and other_seed != epochs[0]
 
 
 def test_windows_hold_the_tokens_and_overlap_by_one(data: IndexedTokens) -> None:
-    one = source(data)
-    steps = run([one], 2 * one.windows // one.samples_per_step)
+    one = StableOrder(data, LENGTH, 1)
+    steps = run([source(data)], 2 * one.windows // 10)
     rows = [row for step in steps for row in step]
     assert [sample for sample, _, _ in rows] == list(range(len(rows)))
     for sample, tokens, _ in rows:
@@ -185,7 +197,7 @@ def test_too_few_tokens(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=words):
                 source(data)
         else:
-            assert source(data).windows == 1
+            assert StableOrder(data, LENGTH, 1).windows == 1
             assert run([source(data, samples_per_step=3)], 1)[0][2][1] == list(range(count))
 
 
@@ -203,7 +215,7 @@ def test_opening_and_seeking_touch_little_of_a_huge_file(tmp_path: Path) -> None
     )
     idx_path(tmp_path / "x").write_bytes(header + b"".join(table.tobytes() for table in tables))
     one = source(IndexedTokens.open(tmp_path / "x"), context_length=1024)
-    last = one.windows - one.samples_per_step
-    state = {"next_sample": last, "data": one.data.identity, "context_length": 1024, "seed": 1}
+    windows = (documents * each - 1) // 1024
+    state = {"next_sample": windows - one.samples_per_step, **one.order.identity}
     batches, after = next(one.steps([state]))
-    assert after["next_sample"] == one.windows and not batches[0]["tokens"].any()
+    assert after["next_sample"] == windows and not batches[0]["tokens"].any()
