@@ -10,6 +10,7 @@ from __future__ import annotations
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_NON_FINITE = 3
+EXIT_WATCHDOG = 4
 EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130
 

@@ -33,6 +33,7 @@ from trainkit.schedules import learning_rate_factor
 from trainkit.specs import OptimizerSpec, ScheduleSpec, TrainingSpec
 from trainkit.step import accumulate_gradients
 from trainkit.task import Batch, RunFacts, Task
+from trainkit.watchdog import Watchdog
 
 DataState = dict[str, Any]
 Status = Literal["finished", "preempted", "non-finite"]
@@ -86,6 +87,8 @@ class Run:
     sample: Callable[[nn.Module, int], None] | None = None
     stop_requested: Callable[[], bool] = lambda: False
     """Polled once a step, on every rank; when any says so, all save and stop."""
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    """Told what the loop is doing."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +121,15 @@ class _State:
 
 def train(run: Run, resume: Snapshot | None = None) -> Result:
     """Train to `max_steps`, or until asked to stop, or until the numbers stop being finite."""
-    state = _start(run, resume)
-    status: Status = "finished"
-    if state.step < run.training.max_steps:
-        with closing(run.source.steps(resume.trainer["data"] if resume else None)) as steps, _writing(run, state):
-            first = next(steps)
-            _announce(run, state, first[0])
-            status = _run_steps(run, state, _marked(chain([first], steps)))
+    with run.watchdog.watching():
+        state = _start(run, resume)
+        status: Status = "finished"
+        if state.step < run.training.max_steps:
+            with closing(run.source.steps(resume.trainer["data"] if resume else None)) as steps, _writing(run, state):
+                first = next(steps)
+                _announce(run, state, first[0])
+                status = _run_steps(run, state, _marked(chain([first], steps)))
+                run.watchdog.enter("finish", state.step)
     return Result(status, state.step, state.best or {}, state.writer.newest if state.writer else None)
 
 
@@ -141,7 +146,10 @@ def _run_steps(run: Run, state: _State, steps: Iterable[tuple[list[Batch], DataS
     training = run.training
     validates = run.evaluate is not None and not training.skip_validation
     clock = _Clock(run, state.step)
+    phase = "first step"
     for micro_batches, data_state in steps:
+        run.watchdog.enter(phase, state.step)
+        phase = "step"
         _take_step(run, state, micro_batches)
         state.step, state.data = state.step + 1, data_state
 
@@ -152,6 +160,7 @@ def _run_steps(run: Run, state: _State, steps: Iterable[tuple[list[Batch], DataS
         samples = _due(state, training.sample_every, is_last)
         saves = _due(state, training.save_every, is_last or is_stopping)
         if not (logs or evaluates or samples or saves):
+            run.watchdog.enter("data", state.step)
             continue
         # The device is waited for here, and only here: look for non-finite numbers before anything is kept.
         totals = state.meter.totals()
@@ -175,6 +184,7 @@ def _run_steps(run: Run, state: _State, steps: Iterable[tuple[list[Batch], DataS
             return "preempted"
         if is_last:
             break
+        run.watchdog.enter("data", state.step)
     return "finished"
 
 
@@ -299,6 +309,7 @@ def _training_record(run: Run, state: _State, metrics: Mapping[str, float], cloc
 def _validate(run: Run, state: _State, clock: _Clock) -> bool:
     """Evaluate, record it, and say whether this is the best so far."""
     assert run.evaluate is not None
+    run.watchdog.enter("evaluate", state.step)
     with clock.paused(), _evaluation_mode(state), nvtx.range("evaluate"):
         values = dict(run.evaluate(state.replica.module, state.step))
     run.log.write({"kind": "eval", "step": state.step, **values})
@@ -311,6 +322,7 @@ def _validate(run: Run, state: _State, clock: _Clock) -> bool:
 
 def _sample(run: Run, state: _State) -> None:
     if run.sample is not None:
+        run.watchdog.enter("sample", state.step)
         with _evaluation_mode(state):
             run.sample(state.replica.module, state.step)
 
@@ -345,6 +357,7 @@ def _tell(run: Run, state: _State) -> None:
 
 def _save(run: Run, store: CheckpointStore, state: _State, open_metrics: Totals, *, is_stopping: bool) -> bool:
     """Hand the state to the writer, from the first rank. False, on all ranks, when it is not fit to be kept."""
+    run.watchdog.enter("save", state.step)
     data_states = gather_over_ranks(state.data, run.world)
     bad: list[str] = []
     if state.writer is not None:
