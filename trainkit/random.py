@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     DIFFUSION_MASK = 4
     SAMPLING = 5
     CORPUS = 6
+    DIFFUSION_LENGTH = 7
 
 
 _MASK = 0xFFFFFFFF

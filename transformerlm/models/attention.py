@@ -56,6 +56,7 @@ def attention_mask(
     *,
     length: int,
     start: int,
+    visible: Tensor | None,
     causal: bool,
     query_segments: Tensor | None,
     key_segments: Tensor | None,
@@ -63,20 +64,22 @@ def attention_mask(
 ) -> tuple[Tensor | None, bool]:
     """`(mask, is_causal)` for `length` queries at positions start … over keys at positions 0 … start + length - 1.
 
+    `visible` (bool, broadcasts to [batch, 1, queries, keys]) says who may look at whom in place of `causal`.
     Segments (int64 [batch, queries] and [batch, keys]) restrict attention to equal numbers. A mask is built only where
     `is_causal` or no mask at all does not say the same: kernels are fastest without. A query always sees itself, so
     that no row of the softmax is empty.
     """
+    if visible is None:
+        if query_segments is None or key_segments is None:
+            if not causal or length == 1:
+                return None, False
+            if start == 0:
+                return None, True
+        visible = _triangle(length, start, device) if causal and length > 1 else None
     if query_segments is None or key_segments is None:
-        if not causal or length == 1:
-            return None, False
-        if start == 0:
-            return None, True
-    is_visible = _triangle(length, start, device) if causal and length > 1 else None
-    if query_segments is None or key_segments is None:
-        return is_visible, False
+        return visible, False
     is_same = (query_segments.unsqueeze(2) == key_segments.unsqueeze(1)).unsqueeze(1)
-    return (is_same if is_visible is None else is_same & is_visible), False
+    return (is_same if visible is None else is_same & visible), False
 
 
 def _triangle(length: int, start: int, device: torch.device) -> Tensor:

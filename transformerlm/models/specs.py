@@ -9,6 +9,8 @@ from annotated_types import Ge, Gt
 
 AttentionBackend = Literal["sdpa", "eager"]
 RopeScaling = Literal["none", "linear", "ntk"]
+Alignment = Literal["in_place", "shifted"]
+"""Which token the logits at a place are about: the one there, or the one after it."""
 
 VOCABULARY_MULTIPLE = 128
 """Embedding tables are padded to a multiple of this: matrix kernels run fastest on such widths."""

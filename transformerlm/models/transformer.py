@@ -57,6 +57,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
         causal: bool = True,
+        mask: Tensor | None = None,
         readout: None = None,
     ) -> Tensor: ...
     @overload
@@ -68,6 +69,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
         causal: bool = True,
+        mask: Tensor | None = None,
         readout: Callable[[Tensor, Head], R],
     ) -> R: ...
     def forward(
@@ -78,13 +80,15 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
         causal: bool = True,
+        mask: Tensor | None = None,
         readout: Callable[[Tensor, Head], Any] | None = None,
     ) -> Any:
         """Logits [batch, length, vocab_size], at least float32; or what `readout(hidden, head)` returns.
 
         `tokens` int64 [batch, length], ids below `vocab_size`. `segments` int64 [batch, length]: attention stays inside
         equal numbers. `positions` int64 [length] or [batch, length]: default 0, 1, … (after those in `cache`). With a
-        `cache` the tokens continue what it holds, and it grows by them. `causal=False` lets every token see all.
+        `cache` the tokens continue what it holds, and it grows by them. `causal=False` lets every token see all;
+        `mask` (bool, broadcasts to [batch, 1, length, keys]) says instead of `causal` which keys a query may see.
         `readout` gets hidden [batch, length, d_model], the final norm applied.
         """
         length, start = tokens.shape[1], 0 if cache is None else cache.length
@@ -92,6 +96,7 @@ class Transformer(nn.Module):
         mask, is_causal = attention_mask(
             length=length,
             start=start,
+            visible=mask,
             causal=causal,
             query_segments=segments,
             key_segments=key_segments,

@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
 from trainkit.task import Task
 from transformerlm.models.specs import ModelSpec
 from transformerlm.objectives.autoregressive import Autoregressive
-from transformerlm.objectives.specs import AutoregressiveSpec, ObjectiveSpec
+from transformerlm.objectives.diffusion import MaskedDiffusion
+from transformerlm.objectives.dual import Dual
+from transformerlm.objectives.specs import AutoregressiveSpec, DiffusionSpec, DualSpec, NoiseSpec, ObjectiveSpec
 
 
-def build_objective(spec: ObjectiveSpec, model: ModelSpec) -> Task:
-    """The task that trains a model of this spec."""
+@dataclass(frozen=True)
+class NoiseContext:
+    """What masking must know besides the spec."""
+
+    mask_id: int
+    forbidden: Tensor
+    """bool [vocab_size], on the model's device: ids that stand for no text, the mask among them."""
+    samples_per_step: int
+    max_steps: int
+    seed: int
+
+
+def build_objective(spec: ObjectiveSpec, model: ModelSpec, noise: NoiseContext | None = None) -> Task:
+    """The task that trains a model of this spec; diffusion needs to know its `noise`."""
     match spec:
         case AutoregressiveSpec():
             return Autoregressive(spec, document_mask=model.document_mask)
+        case DiffusionSpec():
+            return _masked_diffusion(spec, noise)
+        case DualSpec():
+            assert noise is not None
+            return Dual(
+                spec,
+                Autoregressive(AutoregressiveSpec(loss_chunk_size=spec.loss_chunk_size), model.document_mask),
+                _masked_diffusion(_diffusion_half(spec), noise),
+                max_steps=noise.max_steps,
+            )
+
+
+def _masked_diffusion(spec: DiffusionSpec, noise: NoiseContext | None) -> MaskedDiffusion:
+    assert noise is not None and bool(noise.forbidden[noise.mask_id])
+    return MaskedDiffusion(spec, noise.mask_id, noise.forbidden, noise.samples_per_step, noise.seed)
+
+
+def _diffusion_half(spec: DualSpec) -> DiffusionSpec:
+    shared = {field.name: getattr(spec, field.name) for field in fields(NoiseSpec)}
+    return DiffusionSpec(**shared, loss_chunk_size=spec.loss_chunk_size, alignment="shifted")

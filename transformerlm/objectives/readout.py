@@ -10,26 +10,26 @@ from torch.utils.checkpoint import checkpoint
 
 from transformerlm.models.transformer import Head
 
-Terms = Callable[[Tensor, Tensor], Tensor]
-"""Sums over rows: `terms(logits [rows, vocab_size], targets [rows])` → [number of terms]."""
+Terms = Callable[..., Tensor]
+"""Sums over rows: `terms(logits [rows, vocab_size], targets [rows], …)` → [number of terms]."""
 
 IGNORED = -100
 """A target that counts nothing."""
 
 
-def sum_terms(terms: Terms, hidden: Tensor, head: Head, targets: Tensor, *, chunk_size: int) -> Tensor:
-    """`terms` over all rows of `hidden` [..., d_model] and `targets` [...], `chunk_size` rows at a time (0 = all).
+def sum_terms(terms: Terms, hidden: Tensor, head: Head, *targets: Tensor, chunk_size: int) -> Tensor:
+    """`terms` over all rows of `hidden` [..., d_model] and all `targets` [...], `chunk_size` at a time (0 = all).
 
     The logits of a chunk are dropped after use and computed again in the backward pass: one third more work for the
     head, and memory that does not grow with the batch.
     """
 
-    def chunk_terms(rows: Tensor, wanted: Tensor) -> Tensor:
-        return terms(head(rows), wanted)
+    def chunk_terms(rows: Tensor, *wanted: Tensor) -> Tensor:
+        return terms(head(rows), *wanted)
 
-    rows, wanted = hidden.flatten(0, -2), targets.flatten()
-    if not chunk_size or chunk_size >= len(wanted):
-        return chunk_terms(rows, wanted)
-    chunks = zip(rows.split(chunk_size), wanted.split(chunk_size), strict=True)
+    columns = [hidden.flatten(0, -2), *(target.flatten() for target in targets)]
+    if not chunk_size or chunk_size >= len(columns[0]):
+        return chunk_terms(*columns)
+    chunks = zip(*(column.split(chunk_size) for column in columns), strict=True)
     parts = [checkpoint(chunk_terms, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(parts).sum(dim=0)
