@@ -15,15 +15,16 @@ def start_average(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
-    """Move `average` towards the weights after update number `step` (1-based).
+def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, step: int, skip: Tensor) -> None:
+    """Move `average` towards the weights after update number `step` (1-based), unless `skip` (bool scalar) says so.
 
     Early on the decay is smaller, (1 + step) / (10 + step), so that the random start does not linger.
     """
     parameters = dict(model.named_parameters())
-    weight = 1 - min(decay, (1 + step) / (10 + step))
     current = [parameters[name].detach() for name in average]
-    torch._foreach_lerp_(list(average.values()), current, weight)  # pyright: ignore[reportPrivateImportUsage]
+    # A tensor, so that the device decides about skipping: nobody waits for its answer.
+    weight = torch.where(skip, 0.0, 1 - min(decay, (1 + step) / (10 + step))).to(current[0].dtype)
+    torch._foreach_lerp_(list(average.values()), current, [weight] * len(current))  # pyright: ignore[reportPrivateImportUsage]
 
 
 @contextmanager

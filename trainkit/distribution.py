@@ -6,20 +6,19 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from trainkit.errors import EXIT_USAGE, UserError
 from trainkit.specs import TrainingSpec
+from trainkit.tree import tree_sum
 
 T = TypeVar("T")
 
@@ -37,16 +36,6 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-
-@dataclass(frozen=True)
-class Replica:
-    """A model as the loop uses it: `forward` is the wrapped module, `module` the plain one."""
-
-    forward: nn.Module
-    module: nn.Module
-    no_sync: Callable[[], AbstractContextManager[None]]
-    """Within this context backward passes leave gradients local."""
 
 
 @contextmanager
@@ -100,41 +89,23 @@ def configure_process(training: TrainingSpec) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def replicate(model: nn.Module, world: World) -> Replica:
-    """Wrap `model` so that backward passes outside of `no_sync` add gradients over all ranks."""
-    if world.size == 1:
-        return Replica(model, model, nullcontext)
-    with warnings.catch_warnings():
-        # torch 2.15 renames the option; the old name is the one that all supported versions know.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        wrapped = DistributedDataParallel(
-            model, device_ids=[world.device] if world.device.type == "cuda" else None, broadcast_buffers=False
-        )
-    # DDP divides by the number of ranks. A task's value is already divided by the step's global denominators, so that
-    # gradients must be summed. (A lambda, because DDP compares annotations as objects and ours are strings.)
-    wrapped.register_comm_hook(None, lambda _, bucket: _sum_gradients(bucket))
-    return Replica(wrapped, model, wrapped.no_sync)
-
-
-def _sum_gradients(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # pyright: ignore[reportPrivateImportUsage]
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    assert work is not None
-    return work.get_future().then(_first_value)
-
-
-def _first_value(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-    return future.value()[0]
-
-
 def sum_over_ranks(values: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     """Each scalar summed over the ranks in float64, in one collective; the names must be the same on all ranks."""
     names = sorted(values)
     if not names:
         return {}
     stacked = torch.stack([values[name].detach().to(widest_float(world.device)) for name in names])
-    if world.size > 1:
-        dist.all_reduce(stacked)
-    return dict(zip(names, stacked.unbind(), strict=True))
+    return dict(zip(names, tree_sum(all_ranks(stacked, world)).unbind(), strict=True))
+
+
+def all_ranks(values: Tensor, world: World) -> Tensor:
+    """Every rank's `values` [...], of one shape on all of them, as [ranks, ...]."""
+    if world.size == 1:
+        return values[None]
+    gathered = values.new_empty(world.size, *values.shape)
+    # Flat, because gloo wants to see the ranks' tensors joined along the first dimension.
+    dist.all_gather_into_tensor(gathered.view(-1), values.contiguous().view(-1))
+    return gathered
 
 
 def main_first(action: Callable[[], T], world: World) -> T:
@@ -175,6 +146,35 @@ def any_rank(flag: bool, world: World) -> bool:
     votes = torch.tensor([int(flag)])
     dist.all_reduce(votes, group=world.control_group)
     return bool(votes.item())
+
+
+class StopVote:
+    """Agrees, without making anyone wait, that all ranks stop at the same step: at most one step late.
+
+    Each step's votes travel over the CPU group while the next step computes.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._votes = torch.zeros(1, dtype=torch.int32)
+        self._pending: dist.Work | None = None
+
+    def ask(self, wants_to_stop: bool) -> bool:
+        """Vote, and learn whether any rank voted for stopping in the call before (alone: in this one)."""
+        if self._world.control_group is None:
+            return wants_to_stop
+        decided = self.close()
+        self._votes = torch.tensor([int(wants_to_stop)], dtype=torch.int32)
+        self._pending = dist.all_reduce(self._votes, group=self._world.control_group, async_op=True)
+        return decided
+
+    def close(self) -> bool:
+        """Wait for the votes that are under way, so that none outlives the process group; what they decided."""
+        if self._pending is None:
+            return False
+        self._pending.wait()
+        self._pending = None
+        return bool(self._votes.item())
 
 
 def wait_for_all(world: World) -> None:

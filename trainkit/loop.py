@@ -23,14 +23,23 @@ from profiling import nvtx
 from trainkit.averaging import averaged_weights, start_average, update_average
 from trainkit.checkpoint_writer import CheckpointWriter
 from trainkit.checkpoints import CheckpointStore, Snapshot, load_model_tensors, model_tensors, non_finite_tensors
-from trainkit.distribution import Replica, World, any_rank, gather_over_ranks, replicate
+from trainkit.distribution import StopVote, World, any_rank, gather_over_ranks
 from trainkit.errors import EXIT_USAGE, UserError
 from trainkit.meter import Meter, Totals, means
-from trainkit.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
-from trainkit.precision import autocast_context, build_scaler
+from trainkit.optimizers import (
+    build_optimizer,
+    clip_and_update,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from trainkit.precision import LossScale, autocast_context
 from trainkit.preflight import describe, estimate_run
+from trainkit.reduction import check_tree
+from trainkit.replicas import Replica, replicate
 from trainkit.schedules import learning_rate_factor
-from trainkit.specs import OptimizerSpec, ScheduleSpec, TrainingSpec
+from trainkit.skips import Skips
+from trainkit.specs import DistributedSpec, OptimizerSpec, ScheduleSpec, TrainingSpec
 from trainkit.step import accumulate_gradients
 from trainkit.task import Batch, RunFacts, Task
 from trainkit.watchdog import Watchdog
@@ -79,6 +88,7 @@ class Run:
     schedule: ScheduleSpec
     world: World
     log: Log
+    distributed: DistributedSpec = field(default_factory=DistributedSpec)
     facts: RunFacts = field(default_factory=RunFacts)
     checkpoints: CheckpointStore | None = None
     evaluate: Evaluate | None = None
@@ -108,9 +118,11 @@ class _State:
 
     replica: Replica
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scaler: LossScale
     average: dict[str, Tensor]
     meter: Meter
+    skips: Skips
+    stop_vote: StopVote
     step: int = 0
     data: DataState | None = None
     """This rank's, after the last step of this call."""
@@ -129,6 +141,7 @@ def train(run: Run, resume: Snapshot | None = None) -> Result:
                 first = next(steps)
                 _announce(run, state, first[0])
                 status = _run_steps(run, state, _marked(chain([first], steps)))
+                state.stop_vote.close()
                 run.watchdog.enter("finish", state.step)
     return Result(status, state.step, state.best or {}, state.writer.newest if state.writer else None)
 
@@ -154,7 +167,7 @@ def _run_steps(run: Run, state: _State, steps: Iterable[tuple[list[Batch], DataS
         state.step, state.data = state.step + 1, data_state
 
         is_last = state.step == training.max_steps
-        is_stopping = any_rank(run.stop_requested(), run.world) and not is_last
+        is_stopping = state.stop_vote.ask(run.stop_requested()) and not is_last
         logs = _due(state, training.log_every, is_last)
         evaluates = validates and _due(state, training.eval_every, is_last)
         samples = _due(state, training.sample_every, is_last)
@@ -162,9 +175,9 @@ def _run_steps(run: Run, state: _State, steps: Iterable[tuple[list[Batch], DataS
         if not (logs or evaluates or samples or saves):
             run.watchdog.enter("data", state.step)
             continue
-        # The device is waited for here, and only here: look for non-finite numbers before anything is kept.
+        # The device is waited for here, and only here.
         totals = state.meter.totals()
-        if not _is_finite(run, state, means(totals)):
+        if _gives_up(run, state):
             return "non-finite"
         if logs:
             _tell(run, state)
@@ -202,18 +215,22 @@ def samples_per_step(training: TrainingSpec, facts: RunFacts) -> int:
 
 def _start(run: Run, resume: Snapshot | None) -> _State:
     """Build what changes; with a snapshot, put back all of it."""
+    check_tree(run.training, run.distributed, samples_per_step(run.training, run.facts), run.world.size)
     model = run.model.to(run.world.device).train()
     if resume is not None:
         load_model_tensors(model, resume.model, "the checkpoint")
     if run.training.compile:
         # In place, so that parameter names keep no wrapper prefix.
         model.compile()
+    replica = replicate(model, run.world, run.distributed)
     state = _State(
-        replica=replicate(model, run.world),
-        optimizer=build_optimizer(run.optimizer, model),
-        scaler=build_scaler(run.training.precision, run.world.device),
+        replica=replica,
+        optimizer=build_optimizer(run.optimizer, model, replica.shares.own if replica.shares else None),
+        scaler=LossScale(run.training.precision, run.world.device),
         average=start_average(model) if run.training.ema_decay else {},
         meter=Meter(run.world),
+        skips=Skips(run.world, run.log.message),
+        stop_vote=StopVote(run.world),
     )
     if resume is not None:
         trainer = resume.trainer
@@ -228,6 +245,7 @@ def _start(run: Run, resume: Snapshot | None) -> _State:
         state.step, state.best = trainer["step"], trainer["best"] or None
         state.scaler.load_state_dict(trainer["scaler"])
         state.meter.load_totals(trainer["open_metrics"])
+        state.skips.load_state(trainer.get("skips", {}))
     return state
 
 
@@ -254,7 +272,7 @@ def _take_step(run: Run, state: _State, micro_batches: list[Batch]) -> None:
     training, device = run.training, run.world.device
     factor = learning_rate_factor(run.schedule, state.step, training.max_steps)
     set_learning_rate(state.optimizer, run.optimizer.learning_rate * factor)
-    metrics = accumulate_gradients(
+    sums = accumulate_gradients(
         state.replica,
         run.task,
         [_to_device(batch, device) for batch in micro_batches],
@@ -263,15 +281,15 @@ def _take_step(run: Run, state: _State, micro_batches: list[Batch]) -> None:
         scale=state.scaler.scale,
     )
     with nvtx.range("optimizer"):
-        state.scaler.unscale_(state.optimizer)
-        norm = nn.utils.clip_grad_norm_(state.replica.module.parameters(), training.gradient_clip or math.inf)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
+        model = state.replica.module
+        norm, skip = clip_and_update(state.optimizer, model, clip=training.gradient_clip, scale=state.scaler)
+        state.replica.after_update()
+        is_blameless = state.scaler.blames(skip)
+        state.scaler.update(skip)
     if training.ema_decay:
-        update_average(state.average, state.replica.module, training.ema_decay, state.step + 1)
-    share = 1.0 / run.world.size  # every rank holds the same norm
-    state.meter.add({**metrics, "gradient_norm": (norm * share, torch.full_like(norm, share))})
+        update_average(state.average, model, training.ema_decay, state.step + 1, skip)
+    state.meter.add(sums, norm, skip)
+    state.skips.add(state.step, skip, is_blameless, sums.is_finite, micro_batches)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
@@ -284,19 +302,17 @@ def _due(state: _State, every: int, regardless: bool) -> bool:
     return regardless or (every > 0 and state.step % every == 0)
 
 
-def _is_finite(run: Run, state: _State, metrics: Mapping[str, float]) -> bool:
-    """Whether every metric since the last record is finite; a scaler may skip steps whose gradient overflowed."""
-    bad = [
-        name
-        for name, value in metrics.items()
-        if not math.isfinite(value) and not (name == "gradient_norm" and state.scaler.is_enabled())
-    ]
-    if bad:
-        run.log.message(
-            f"stopped at step {state.step}: {', '.join(bad)} became infinite or NaN; nothing of it was saved, "
-            "the newest checkpoint is from before; lower optimizer.learning_rate or look at the data"
-        )
-    return not bad
+def _gives_up(run: Run, state: _State) -> bool:
+    """Whether too many steps in a row changed nothing, because their numbers were not finite."""
+    state.skips.read()
+    if state.skips.most_in_a_row < run.training.max_skipped_steps:
+        return False
+    run.log.message(
+        f"stopped at step {state.step}: {state.skips.most_in_a_row} steps in a row had an infinite or NaN loss or "
+        "gradient and changed nothing; the newest checkpoint is from before; lower optimizer.learning_rate or look at "
+        "the data"
+    )
+    return True
 
 
 def _training_record(run: Run, state: _State, metrics: Mapping[str, float], clock: _Clock) -> dict[str, Any]:
@@ -359,9 +375,12 @@ def _save(run: Run, store: CheckpointStore, state: _State, open_metrics: Totals,
     """Hand the state to the writer, from the first rank. False, on all ranks, when it is not fit to be kept."""
     run.watchdog.enter("save", state.step)
     data_states = gather_over_ranks(state.data, run.world)
+    model = state.replica.module
+    # A run that was asked to stop will resume, whatever it keeps otherwise.
+    keeps_optimizer = store.spec.save_optimizer or is_stopping
+    optimizer = state.replica.collect(optimizer_tensors(state.optimizer, model)) if keeps_optimizer else {}
     bad: list[str] = []
     if state.writer is not None:
-        model = state.replica.module
         trainer = {
             "step": state.step,
             "samples": state.step * samples_per_step(run.training, run.facts),
@@ -369,12 +388,10 @@ def _save(run: Run, store: CheckpointStore, state: _State, open_metrics: Totals,
             "best": state.best or {},
             "max_steps": run.training.max_steps,
             "scaler": state.scaler.state_dict(),
+            "skips": state.skips.state(),
             "open_metrics": open_metrics,
             "log_offset": run.log.offset,
         }
-        # A run that was asked to stop will resume, whatever it keeps otherwise.
-        keeps_optimizer = store.spec.save_optimizer or is_stopping
-        optimizer = optimizer_tensors(state.optimizer, model) if keeps_optimizer else {}
         with nvtx.range("save"):
             snapshot = Snapshot(trainer, model_tensors(model), optimizer, state.average)
             bad = non_finite_tensors(snapshot)

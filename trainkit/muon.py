@@ -45,6 +45,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__([matrix_group, other_group], {"lr": lr, "momentum": momentum, "fused": fused})
         # The group is one dictionary in both optimizers; so is the state from here on.
         self.adamw.state = self.state
+        # PyTorch's convention: who sets `found_inf` (1 = change nothing) before a step need not wait for the device.
+        self._step_supports_amp_scaling = fused
+        self.found_inf = torch.zeros(())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -52,18 +55,24 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         for parameters in _by_shape(group["params"]):
             self._update(parameters, group["lr"], group["momentum"], group["weight_decay"])
+        if self._step_supports_amp_scaling:
+            self.adamw.found_inf = self.found_inf  # pyright: ignore[reportAttributeAccessIssue]
         self.adamw.step()
 
     def _update(self, parameters: list[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
         """Matrices of one shape, stacked, so that each product is one kernel."""
         gradients = torch.stack([p.grad for p in parameters if p.grad is not None])
         buffers = [self._buffer(p) for p in parameters]
+        # A momentum that moves towards itself stays, to the bit; and weights that move by zero.
+        skip = self.found_inf.to(gradients.device, gradients.dtype)
+        gradients = torch.where(skip > 0, torch.stack(buffers), gradients)
+        lr = lr * (1 - skip)
         torch._foreach_lerp_(buffers, list(gradients.unbind()), 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
         # Nesterov: look one step ahead along the new momentum.
         directions = orthogonalize(gradients.lerp(torch.stack(buffers), momentum))
         scale = _ADAMW_RMS * max(gradients.shape[1:]) ** 0.5
         for parameter, direction in zip(parameters, directions.unbind(), strict=True):
-            parameter.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr * scale)
+            parameter.mul_(1 - lr * weight_decay).sub_(direction * (lr * scale))
 
     def _buffer(self, parameter: nn.Parameter) -> Tensor:
         state = self.state[parameter]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor, nn
 
 from trainkit.muon import Muon
+from trainkit.precision import LossScale
 from trainkit.specs import AdamWSpec, MuonSpec, OptimizerSpec
 
 
-def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(spec: OptimizerSpec, model: nn.Module, own: Container[str] | None = None) -> torch.optim.Optimizer:
     """The optimizer over two groups: matrices decay; vectors and embeddings do not.
 
     Decaying gains, biases and embedding rows pulls them towards zero for no benefit in generalisation. Each group
-    carries its `name`.
+    carries its `name`. With `own`, only the parameters of these names.
     """
-    decayed, kept = ([p for _, p in part] for part in split_parameters(model))
+    parts = split_parameters(model)
+    decayed, kept = ([p for name, p in part if own is None or name in own] for part in parts)
     # One kernel per group instead of several per parameter; it exists on these devices.
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     betas = (spec.beta1, spec.beta2)
@@ -25,7 +29,6 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
                 {"params": decayed, "weight_decay": spec.weight_decay, "name": "matrices"},
                 {"params": kept, "weight_decay": 0.0, "name": "vectors"},
             ]
-            groups = [group for group in groups if group["params"]]
             return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=betas, eps=spec.eps, fused=fused)
         case MuonSpec():
             return Muon(
@@ -60,6 +63,33 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
+def clip_and_update(
+    optimizer: torch.optim.Optimizer, model: nn.Module, *, clip: float, scale: LossScale
+) -> tuple[Tensor, Tensor]:
+    """Update the weights, unless the gradient is not finite; returns its global norm and whether it was skipped (bool).
+
+    The norm is taken once, over all gradients, before they are limited to `clip` (0 = not limited). Nobody waits for
+    the device: what depends on its answer happens there.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = scale.unscale(nn.utils.get_total_norm(gradients))
+    skip = norm.isfinite().logical_not()
+    if clip or scale.is_enabled:
+        factor = (clip / norm).clamp(max=1.0) if clip else torch.ones_like(norm)
+        torch._foreach_mul_(gradients, scale.unscale(factor))  # pyright: ignore[reportPrivateImportUsage]
+    _update_unless(skip, optimizer)
+    return norm, skip
+
+
+def _update_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Fused kernels (and Muon) look at `found_inf` themselves, PyTorch's convention for its loss scaler."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = skip.float()  # pyright: ignore[reportAttributeAccessIssue]
+    elif skip.item():
+        return
+    optimizer.step()
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state as `{"<parameter name>/<state name>": tensor}`; free of group order and world size."""
     return {
@@ -70,11 +100,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, to the bit."""
+    """Put back what `optimizer_tensors` gave, to the bit: as much of it as this optimizer updates."""
     parameters = dict(model.named_parameters())
+    updated = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for key, value in tensors.items():
         name, state_name = key.rsplit("/", 1)
         parameter = parameters[name]
+        if parameter not in updated:
+            continue
         # Step counters live on the CPU, whatever the device, unless the kernel is fused on CUDA.
         on_device = value.ndim > 0 or optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
         optimizer.state[parameter][state_name] = value.to(parameter.device if on_device else "cpu", copy=True)

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from trainkit.distribution import Replica, World
+from trainkit.distribution import World
+from trainkit.replicas import Replica
 from trainkit.task import Batch, RunFacts, Task
 
 

@@ -44,12 +44,29 @@ class TrainingSpec:
     """Run the model through `torch.compile`."""
     deterministic: bool = False
     """Ask PyTorch for deterministic kernels: bit-exact resume on CUDA needs it, at a cost in speed; on CPU they are."""
+    max_skipped_steps: Annotated[int, Ge(1)] = 10
+    """A step whose loss or gradient is infinite or NaN changes nothing; so many in a row end the run (exit code 3)."""
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Decay per step of the averaged weights that evaluation and inference can use; 0 keeps none."""
     device: str = "auto"
     """`auto` takes CUDA where it exists, else the CPU; or a device name such as `cpu`, `cuda`, `cuda:1`, `mps`."""
     threads: Annotated[int, Ge(0)] = 0
     """CPU threads of each rank; 0 leaves PyTorch's choice. Bit-exact resume on CPU needs the same number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedSpec:
+    """How several processes train one model. Under `torchrun` its settings decide how many there are, and where."""
+
+    processes: Literal["auto"] | Annotated[int, Ge(1)] = 1
+    """Processes to start on this machine; `auto` is one for each GPU, and one where there is none."""
+    strategy: Literal["replicate", "zero1", "fsdp"] = "replicate"
+    """What every process holds. `replicate`: all of it. `zero1`: all weights, but optimizer state for a share of them
+    only (arXiv:1910.02054). `fsdp`: a share of everything (PyTorch's FSDP2), for large models; AdamW only."""
+    reduction: Literal["sum", "tree"] = "sum"
+    """`sum` adds gradients in the fastest order. `tree` adds them in an order that does not depend on the number of
+    processes, so that 1, 2, 4 or 8 of them compute the same bits; needs `training.threads`, and micro-batches of one
+    size (`training.device_batch_size`), which may then not change when the run resumes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,8 +158,8 @@ def test_two_ranks_agree_with_one_and_with_each_other(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, b.model[name], rtol=1e-3, atol=1e-5)
 
     stopped = run_on_ranks(2, loop_on_ranks, tmp_path / "ranks-stop", tmp_path / "stop", 1)
-    assert [(result.status, result.step) for result, _ in stopped] == [("preempted", 1)] * 2
-    assert newest(tmp_path / "stop").trainer["step"] == 1
+    assert [(result.status, result.step) for result, _ in stopped] == [("preempted", 2)] * 2  # agreed a step late
+    assert newest(tmp_path / "stop").trainer["step"] == 2
 
 
 class TurnsBad(Regression):
@@ -173,10 +173,12 @@ class TurnsBad(Regression):
 
 def test_non_finite_numbers_stop_the_run_and_are_never_saved(tmp_path: Path) -> None:
     log = ListLog()
-    result = train(make_run(tmp_path, log, toy="mlp", task=TurnsBad()))
-    assert result.status == "non-finite" and result.step == 12  # the first log step after sample 120 of step 10
-    assert newest(tmp_path).trainer["step"] == 10  # saved as the best, when still finite
-    assert "gradient_norm" in log.messages[-1]
+    result = train(make_run(tmp_path, log, toy="mlp", task=TurnsBad(), training={"max_skipped_steps": 3}))
+    assert result.status == "non-finite" and result.step == 14  # the bad ones are 11, 12, 13; then it looks
+    snapshot = newest(tmp_path)
+    assert snapshot.trainer["step"] == 10  # saved as the best
+    assert "in a row" in log.messages[-1]
+    assert "step 11 changed nothing: the loss of a micro-batch was infinite or NaN; its samples: " in str(log.messages)
 
 
 def test_accumulation_does_not_change_what_is_learnt(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_average_is_the_recursion_and_swaps_back_to_the_bit() -> None:
     optimizer = build_optimizer(AdamWSpec(learning_rate=0.1), model)
     for step in range(1, 30):
         train(model, optimizer, 1)
-        update_average(average, model, 0.7, step)
+        update_average(average, model, 0.7, step, torch.tensor(False))
         decay = min(0.7, (1 + step) / (10 + step))
         by_hand = {n: decay * by_hand[n] + (1 - decay) * p.detach() for n, p in model.named_parameters()}
     before = {name: t.clone() for name, t in model.state_dict().items()}

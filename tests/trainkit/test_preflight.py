@@ -9,8 +9,8 @@ import torch
 
 from tests.trainkit.ranks import alone
 from tests.trainkit.toys import TOYS, make_rows
-from trainkit.distribution import replicate
 from trainkit.preflight import describe, estimate_run, format_duration
+from trainkit.replicas import replicate
 from trainkit.task import RunFacts
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.trainkit.ranks import alone, run_on_ranks
 from tests.trainkit.toys import TOYS, cut, make_rows, pad
-from trainkit.distribution import World, replicate
+from trainkit.distribution import World
+from trainkit.replicas import replicate
 from trainkit.step import accumulate_gradients
 
 ROWS = 11
@@ -28,9 +29,9 @@ def gradients(world: World, toy: str, cuts: list[list[int]]) -> tuple[Gradients,
     bounds = [sum(sum(sizes) for sizes in cuts[:rank]) for rank in range(world.size + 1)]
     mine = make_rows(torch.arange(bounds[world.rank], bounds[world.rank + 1]), torch.float64)
     micro_batches = [pad(part, len(part["valid"]) + 2) for part in cut(mine, cuts[world.rank])]
-    metrics = accumulate_gradients(replicate(model, world), task, micro_batches, world)
+    sums = accumulate_gradients(replicate(model, world), task, micro_batches, world)
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return grads, {name: (float(total), float(count)) for name, (total, count) in metrics.items()}
+    return grads, {name: tuple(pair) for name, pair in zip(sums.names, sums.values.tolist(), strict=True)}
 
 
 def all_gradients(world: World) -> dict[tuple[str, str], dict[str, Tensor]]:
