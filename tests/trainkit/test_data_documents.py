@@ -6,11 +6,13 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainkit.data.documents import iterate_documents, list_files
+from trainkit.data.documents import END_OF_TEXT_LINE, iterate_documents, list_files, open_local_documents
 from trainkit.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -56,7 +58,7 @@ def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, texts: list
     folder = tmp_path_factory.mktemp("text")
     write(folder / "x.jsonl", rows(*texts))
     assert list(iterate_documents([folder / "x.jsonl"])) == texts
-    plain = [text.replace("\r", "") for text in texts]
+    plain = [text.replace("\r", "") for text in texts if END_OF_TEXT_LINE not in text] or ["x"]
     write(folder / "x.txt", "".join(f"{text}\n<|endoftext|>\n" for text in plain))
     assert list(iterate_documents([folder / "x.txt"])) == plain
 
@@ -68,6 +70,65 @@ def test_rows(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl.gz", gzip.compress(b'{"body": "two"}\r\n'))
     assert list(iterate_documents([tmp_path / "a.jsonl"])) == ["one", "", "café 😀"]
     assert list(iterate_documents([tmp_path / "b.jsonl.gz"], text_field="body")) == ["two"]
+
+
+@pytest.mark.parametrize("suffix", [".lines", ".lines.gz"])
+def test_newline_shards(tmp_path: Path, suffix: str) -> None:
+    data = "\ufeffone \\n\n\r\n\n two<|endoftext|>\r\n<|endoftext|>\nlast\x0b\u2028\x85".encode()
+    path = write(tmp_path / f"x{suffix}", gzip.compress(data) if suffix.endswith("gz") else data)
+    assert list(iterate_documents([path])) == ["one \\n", " two<|endoftext|>", "<|endoftext|>", "last\x0b\u2028\x85"]
+
+
+def write_parquet(path: Path, texts: list[str | None], *, column: str = "text", group: int = 7) -> Path:
+    pq.write_table(
+        pa.table({"id": range(len(texts)), column: pa.array(texts, pa.string())}), path, row_group_size=group
+    )
+    return path
+
+
+def test_parquet(tmp_path: Path) -> None:
+    texts = [f"row {i} é\n" * (i % 3) for i in range(30)]
+    assert list(iterate_documents([write_parquet(tmp_path / "a.parquet", [*texts])])) == texts
+    body = write_parquet(tmp_path / "b.parquet", [*texts], column="body")
+    assert list(iterate_documents([body], text_field="body")) == texts
+    with pytest.raises(UserError, match=r"b.parquet has no column 'text'; it has id, body"):
+        list(iterate_documents([body]))
+    with pytest.raises(UserError, match=r"c.parquet: the column 'text' holds NoneType"):
+        list(iterate_documents([write_parquet(tmp_path / "c.parquet", ["a", None])]))
+    for damaged in (b"PAR1", b"", body.read_bytes()[:-30]):
+        with pytest.raises(UserError, match=r"d.parquet is not a sound Parquet file"):
+            list(iterate_documents([write(tmp_path / "d.parquet", damaged)]))
+
+
+def test_a_shard_can_be_read_from_any_document(tmp_path: Path) -> None:
+    texts = [f"document {i}" for i in range(20)]
+    write(tmp_path / "a.jsonl.gz", gzip.compress(rows(*texts).replace("\n", "\n\n").encode()))
+    write(tmp_path / "b.txt", "".join(f"{text}\n<|endoftext|>\n" for text in texts))
+    write(tmp_path / "c.lines", "\n".join(texts))
+    write_parquet(tmp_path / "d.parquet", [*texts])
+    data = open_local_documents(tmp_path)
+    assert len(data.shards) == 4
+    for shard in data.shards:
+        assert [list(shard.read(start)) for start in range(25)] == [texts[start:] for start in range(25)]
+
+
+def test_a_changed_file_changes_the_identity(tmp_path: Path) -> None:
+    for name, size in (("a.txt", 100), ("b.lines", 3 << 20)):
+        write(tmp_path / "x" / name, bytes(i % 7 + 65 for i in range(size)))
+    before = open_local_documents(tmp_path / "x").identity
+    (tmp_path / "x").rename(tmp_path / "y")
+    assert open_local_documents(tmp_path / "y").identity == before
+    seen = {before, open_local_documents(tmp_path / "y", text_field="body").identity}
+    for name, at in (("a.txt", 50), ("b.lines", 0), ("b.lines", -1)):
+        data = bytearray((tmp_path / "y" / name).read_bytes())
+        data[at] ^= 1
+        write(tmp_path / "y" / name, bytes(data))
+        seen.add(open_local_documents(tmp_path / "y").identity)
+    (tmp_path / "y" / "a.txt").rename(tmp_path / "y" / "c.txt")
+    seen.add(open_local_documents(tmp_path / "y").identity)
+    write(tmp_path / "y" / "b.lines", (tmp_path / "y" / "b.lines").read_bytes() + b"x")
+    seen.add(open_local_documents(tmp_path / "y").identity)
+    assert len(seen) == 7
 
 
 def test_separator_can_be_chosen(tmp_path: Path) -> None:
@@ -113,12 +174,12 @@ def test_bad_content_is_one_sentence(tmp_path: Path, name: str, content: str | b
     ("name", "words"),
     [
         ("none.txt", "none.txt does not exist"),
-        ("x.parquet", "x.parquet is not one of"),
+        ("x.csv", "x.csv is not one of"),
         ("empty", "empty holds no .jsonl"),
     ],
 )
 def test_bad_paths_are_refused_before_the_first_document(tmp_path: Path, name: str, words: str) -> None:
-    write(tmp_path / "x.parquet", "PAR1")
+    write(tmp_path / "x.csv", "text")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=words):
         iterate_documents([tmp_path / name])

@@ -1,10 +1,14 @@
-"""Text files as a stream of documents; memory holds one document at a time.
+"""Text files as documents; memory holds one document at a time (of Parquet, one batch of rows).
 
 - `.jsonl`: each row is a document, the string in its field `text_field`. Blank lines are no rows.
+- `.parquet`: each row is a document, the string in its column `text_field`; no other column is read.
+- `.lines` (newline shards): each line is a document, without its line break (LF or CR LF) and as it stands, with no
+  escapes: who writes such a file must have replaced the line breaks inside a document. Empty lines are no documents.
 - `.txt`: a document lies between lines that hold the separator and nothing else. The line break before such a line, and
   at the end of a file that has one, is no part of the document. A file without a separator line is one document, whole.
-- Both may be compressed (`.jsonl.gz`, `.txt.gz`). A directory stands for all such files below it, sorted by path,
-  hidden ones left out.
+- All but Parquet, which has its own compression, may be compressed (`.jsonl.gz`, `.lines.gz`, `.txt.gz`).
+- A directory stands for all such files below it, sorted by path; hidden ones and other files (a manifest, say) are left
+  out.
 
 Text is UTF-8 and is not changed in any other way; a byte order mark at the start of a file is no text.
 """
@@ -12,16 +16,22 @@ Text is UTF-8 and is not changed in any other way; a byte order mark at the star
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from trainkit.data.document_sets import ShardedDocuments
 from trainkit.errors import UserError
 
 END_OF_TEXT_LINE = "<|endoftext|>"
-SUFFIXES = (".jsonl", ".txt", ".jsonl.gz", ".txt.gz")
+SUFFIXES = (".jsonl", ".txt", ".lines", ".parquet", ".jsonl.gz", ".txt.gz", ".lines.gz")
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+_BATCH_ROWS = 256
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -48,26 +58,81 @@ def _is_text_file(file: Path, *, below: Path) -> bool:
     return not hidden and file.is_file() and file.name.endswith(SUFFIXES)
 
 
+@dataclass(frozen=True)
+class FileShard:
+    """The documents of one file; a `trainkit.data.document_sets.Shard`."""
+
+    path: Path
+    text_field: str = "text"
+    separator: str = END_OF_TEXT_LINE
+
+    def read(self, start: int = 0) -> Iterator[str]:
+        """The documents from number `start` on; those before it are found, not parsed (Parquet skips them unread).
+
+        Invalid UTF-8 or JSON, or a row without the field, is a `UserError` that names the file and the line.
+        """
+        match self.path.name.removesuffix(".gz").rpartition(".")[2]:
+            case "jsonl":
+                return _rows(self.path, self.text_field, start)
+            case "parquet":
+                return _parquet_rows(self.path, self.text_field, start)
+            case "lines":
+                return _whole_lines(self.path, start)
+            case _:
+                return _texts(self.path, self.separator, start)
+
+
+def open_local_documents(path: Path | str, *, text_field: str = "text") -> ShardedDocuments:
+    """A file or folder as a data set with one shard for each file. Its content is checked as it is read.
+
+    The identity holds the names of the files below `path`, their order and `fingerprint`s: the folder may move.
+    """
+    files = list_files([path])
+    names = [file.relative_to(path).as_posix() if file != Path(path) else file.name for file in files]
+    facts = [(name, fingerprint(file)) for name, file in zip(names, files, strict=True)]
+    identity = hashlib.sha256(json.dumps([facts, text_field]).encode()).hexdigest()
+    return ShardedDocuments([FileShard(file, text_field) for file in files], identity)
+
+
+def fingerprint(file: Path) -> str:
+    """A hash of the size and the content of a file: of all of it up to 1 MiB, of 16 blocks of a larger one.
+
+    A run opens its data at every start, and to hash terabytes there takes hours. The last bytes are always among
+    the blocks: they hold the checksum of a gzip file and the index of a Parquet file, so that a change of those is
+    seen. What is not seen is a change of a large plain file that keeps its size and lies between the blocks.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            digest = hashlib.sha256(str(size).encode())
+            last = max(size - _SAMPLE_BYTES, 0)
+            for index in range(_SAMPLES):
+                stream.seek(last * index // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    return digest.hexdigest()
+
+
 def iterate_documents(
     paths: Sequence[Path | str], *, text_field: str = "text", separator: str = END_OF_TEXT_LINE
 ) -> Iterator[str]:
     """The documents of all files in order. The paths are checked at once, the content as it is read.
 
-    A document may be the empty string (a row whose text is empty). No document at all, invalid UTF-8 or JSON, or a row
-    without the field is a `UserError` that names the file and the line.
+    A document may be the empty string (a row whose text is empty). No document at all, or what `FileShard.read`
+    refuses, is a `UserError`.
     """
-    return _documents(list_files(paths), text_field, separator)
+    return _documents([FileShard(file, text_field, separator) for file in list_files(paths)])
 
 
-def _documents(files: list[Path], text_field: str, separator: str) -> Iterator[str]:
+def _documents(shards: list[FileShard]) -> Iterator[str]:
     empty = True
-    for file in files:
-        rows = file.name.endswith((".jsonl", ".jsonl.gz"))
-        for document in _rows(file, text_field) if rows else _texts(file, separator):
+    for shard in shards:
+        for document in shard.read():
             empty = False
             yield document
     if empty:
-        raise UserError(f"{', '.join(map(str, files))} holds no document; give it some text")
+        raise UserError(f"{', '.join(str(shard.path) for shard in shards)} holds no document; give it some text")
 
 
 def _lines(file: Path) -> Iterator[bytes]:
@@ -81,7 +146,11 @@ def _lines(file: Path) -> Iterator[bytes]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file} is not a complete gzip file ({error}); fetch it again") from error
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}; check the path and its permissions") from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(f"{file} cannot be read: {error.strerror or error}; check the path and its permissions")
 
 
 def _decode(data: bytes, file: Path, line: int) -> str:
@@ -92,9 +161,11 @@ def _decode(data: bytes, file: Path, line: int) -> str:
         raise UserError(f"{file} is not valid UTF-8 in line {at} ({error.reason}); convert it to UTF-8") from error
 
 
-def _rows(file: Path, text_field: str) -> Iterator[str]:
+def _rows(file: Path, text_field: str, start: int) -> Iterator[str]:
+    index = -1
     for number, line in enumerate(_lines(file), start=1):
-        if not line.strip():
+        index += bool(line.strip())
+        if index < start or not line.strip():
             continue
         try:
             row = json.loads(_decode(line, file, number))
@@ -121,7 +192,55 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def _texts(file: Path, separator: str) -> Iterator[str]:
+def _parquet_rows(file: Path, text_field: str, start: int) -> Iterator[str]:
+    # Half a second of import, for those alone who have such files.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as table:
+            if text_field not in table.schema_arrow.names:
+                columns = ", ".join(table.schema_arrow.names)
+                raise UserError(f"{file} has no column '{text_field}'; it has {columns}: name the column of the text")
+            row = 0
+            for group in range(table.num_row_groups):
+                end = row + table.metadata.row_group(group).num_rows
+                if start >= end:
+                    row = end
+                    continue
+                for batch in table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[text_field]):
+                    for text in batch.column(0)[max(start - row, 0) :].to_pylist():
+                        if not isinstance(text, str):
+                            kind = type(text).__name__
+                            raise UserError(
+                                f"{file}: the column '{text_field}' holds {kind} in group {group}, no string"
+                            )
+                        yield text
+                    row += len(batch)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"{file} is not a sound Parquet file ({message}); fetch it again") from error
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _whole_lines(file: Path, start: int) -> Iterator[str]:
+    row = -1
+    for number, line in enumerate(_lines(file), start=1):
+        text = _without_last_break(line)
+        row += bool(text)
+        if text and row >= start:
+            yield _decode(text, file, number)
+
+
+def _texts(file: Path, separator: str, start: int) -> Iterator[str]:
+    """Documents without text are none."""
+    sections = (section for section in _sections(file, separator) if section[1])
+    return (_decode(text, file, line) for line, text in islice(sections, start, None))
+
+
+def _sections(file: Path, separator: str) -> Iterator[tuple[int, bytes]]:
+    """What lies between separators, with the number of its first line."""
     mark = separator.encode()
     pending: list[bytes] = []
     separated = False
@@ -132,13 +251,11 @@ def _texts(file: Path, separator: str) -> Iterator[str]:
             pending.append(line)
             continue
         separated = True
-        if text := _without_last_break(b"".join(pending)):
-            yield _decode(text, file, first_line)
+        yield first_line, _without_last_break(b"".join(pending))
         pending = []
         first_line = number + 1
     rest = b"".join(pending)
-    if text := _without_last_break(rest) if separated else rest:
-        yield _decode(text, file, first_line)
+    yield first_line, _without_last_break(rest) if separated else rest
 
 
 def _without_last_break(text: bytes) -> bytes:
