@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from cli.data_sources import RunData, open_run_data, pinned_revision
+from cli.validation import MAIN, build_evaluator
 from config.loading import resolved
 from config.schemas import TrainConfig
 from trainkit.checkpoints import CheckpointStore, find_newest_intact, load_snapshot
-from trainkit.data.megatron import IndexedTokens, verify
-from trainkit.data.orders import Order, build_order
-from trainkit.data.prefetch import prefetch
-from trainkit.data.specs import MegatronDataSpec
-from trainkit.data.windows import MegatronSource
-from trainkit.distribution import World, choose_device, main_first, open_world, sum_over_ranks, widest_float
+from trainkit.distribution import World, choose_device, main_first, open_world
 from trainkit.errors import EXIT_NON_FINITE, EXIT_REQUEUE, EXIT_USAGE, UserError
 from trainkit.interrupts import Interrupts, catch_interrupts
 from trainkit.logging.run_log import FileLog, NullLog, open_run_log
-from trainkit.loop import DataState, Result, Run, samples_per_step, train
-from trainkit.precision import autocast_context, resolve_precision
+from trainkit.loop import Result, Run, train
+from trainkit.precision import resolve_precision
 from trainkit.run_directory import (
     MAY_CHANGE,
     Status,
@@ -39,8 +33,7 @@ from trainkit.run_directory import (
     write_status,
     write_summary,
 )
-from trainkit.task import Batch, RunFacts
-from transformerlm.evaluation.likelihood import score_documents
+from trainkit.task import RunFacts
 from transformerlm.inference.predictor import Predictor
 from transformerlm.models.build import create_model
 from transformerlm.models.files import write_model_json
@@ -59,24 +52,33 @@ class Ingredients:
 
     config: TrainConfig
     tokenizer: Tokenizer
-    train_tokens: list[IndexedTokens]
-    order: Order
-    val_tokens: IndexedTokens | None
+    data: RunData
 
 
 def run_directory(config: TrainConfig) -> Path:
     return Path(config.run.dir) / config.run.name
 
 
-def train_from_config(config: TrainConfig, *, config_toml: str | None = None, resume: bool = False) -> Result:
-    """Train (or go on training) the run that `config` describes; every rank calls it."""
-    config = for_this_machine(config)
-    ingredients = open_ingredients(config)
+def train_from_config(
+    config: TrainConfig,
+    *,
+    config_toml: str | None = None,
+    resume: bool = False,
+    prepare: Callable[[], object] = lambda: None,
+) -> Result:
+    """Train (or go on training) the run that `config` describes; every rank calls it.
+
+    `prepare` makes what the configuration names and is not there yet; the first rank calls it, the others wait.
+    """
     directory = run_directory(config)
     with open_world(config.training) as world, catch_interrupts() as interrupts, ExitStack() as held:
+        main_first(prepare, world)
+        config = for_this_machine(config)
+        revision = main_first(lambda: pinned_revision(config.data, read_config(directory)), world)
+        ingredients = open_ingredients(config, revision)
 
         def claim() -> None:
-            _verify_data(ingredients)
+            ingredients.data.verify()
             held.enter_context(hold_run_directory(directory))
             create_run_directory(directory, config_json=recorded(ingredients), config_toml=config_toml, resume=resume)
 
@@ -99,41 +101,17 @@ def for_this_machine(config: TrainConfig) -> TrainConfig:
 
 def recorded(ingredients: Ingredients) -> dict[str, Any]:
     """What `config.json` holds: every setting, and the identity of what the paths among them led to."""
-    inputs = {
-        "tokenizer": ingredients.tokenizer.content_hash,
-        "train": " ".join(tokens.identity for tokens in ingredients.train_tokens),
-        "val": ingredients.val_tokens.identity if ingredients.val_tokens else "",
-    }
+    inputs = {"tokenizer": ingredients.tokenizer.content_hash, **ingredients.data.inputs}
     return {**resolved(ingredients.config), "inputs": inputs}
 
 
-def open_ingredients(config: TrainConfig) -> Ingredients:
-    """Open tokenizer and data, and refuse what does not fit together."""
+def open_ingredients(config: TrainConfig, revision: str) -> Ingredients:
+    """Open tokenizer and data (of the hub at `revision`), and refuse what does not fit together."""
     tokenizer = Tokenizer.load(config.tokenizer.path)
-    assert isinstance(config.data, MegatronDataSpec)
-    data = config.data
-    train_tokens = [IndexedTokens.open(prefix) for prefix in data.blend_prefixes or (data.megatron_train_prefix,)]
-    val_tokens = IndexedTokens.open(data.megatron_val_prefix) if data.megatron_val_prefix else None
-    for tokens in (*train_tokens, *([val_tokens] if val_tokens else [])):
-        _check_tokenizer(tokens, tokenizer, config.tokenizer.path)
-    order = build_order(
-        data.order,
-        train_tokens,
-        data.blend_weights,
-        context_length=config.model.context_length,
-        seed=config.run.seed,
-        num_samples=config.training.max_steps * samples_per_step(config.training, _facts(config, tokenizer)),
-    )
     _check_prompts(config, tokenizer)
-    return Ingredients(config, tokenizer, train_tokens, order, val_tokens)
-
-
-def _verify_data(ingredients: Ingredients) -> None:
-    assert isinstance(ingredients.config.data, MegatronDataSpec)
-    if ingredients.config.data.verify:
-        for tokens in (*ingredients.train_tokens, ingredients.val_tokens):
-            if tokens is not None:
-                verify(tokens.prefix)
+    data = open_run_data(config, tokenizer, revision)
+    data.source(0, 1)  # refuses what no rank could read
+    return Ingredients(config, tokenizer, data)
 
 
 def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -145,16 +123,6 @@ def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
             f"a prompt of inference.prompts has {longest} tokens, but inference.total_length leaves room for less than "
             f"{limit} of prompt and continuation; shorten the prompt",
             EXIT_USAGE,
-        )
-
-
-def _check_tokenizer(tokens: IndexedTokens, tokenizer: Tokenizer, path: str) -> None:
-    tokens.check_vocabulary(tokenizer.vocab_size)
-    made_with = tokens.manifest.tokenizer if tokens.manifest else ""
-    if made_with and made_with != tokenizer.content_hash:
-        raise UserError(
-            f"{tokens.prefix} was made with another tokenizer than {path}; make the files again with "
-            "transformerlm-make-data, or name their tokenizer in tokenizer.path"
         )
 
 
@@ -172,7 +140,7 @@ def _train(ingredients: Ingredients, directory: Path, world: World, interrupts: 
             log.message(note)
         if newest:
             log.message(f"resuming from {newest}")
-        if ingredients.val_tokens is None:
+        if MAIN not in ingredients.data.validation:
             log.message("there is no validation text: no validation loss, no best checkpoint")
         run = _compose(ingredients, store, world, log, interrupts)
         result = train(run, resume=snapshot)
@@ -190,11 +158,10 @@ def _compose(
     ingredients: Ingredients, store: CheckpointStore, world: World, log: FileLog | NullLog, interrupts: Interrupts
 ) -> Run:
     config, tokenizer = ingredients.config, ingredients.tokenizer
-    source = _source(ingredients, rank=world.rank, world_size=world.size)
     return Run(
         model=create_model(config.model, vocab_size=tokenizer.vocab_size, seed=config.run.seed),
         task=build_objective(config.objective, config.model),
-        source=Prefetched(source, config.data.prefetch),
+        source=ingredients.data.source(world.rank, world.size),
         training=config.training,
         optimizer=config.optimizer,
         schedule=config.schedule,
@@ -202,7 +169,7 @@ def _compose(
         log=log,
         facts=_facts(config, tokenizer),
         checkpoints=store,
-        evaluate=_evaluator(ingredients, world),
+        evaluate=build_evaluator(config, tokenizer, ingredients.data.validation, world),
         sample=_sampler(config, tokenizer, log) if world.is_main and config.inference.prompts else None,
         stop_requested=lambda: interrupts.requested,
     )
@@ -214,60 +181,6 @@ def _facts(config: TrainConfig, tokenizer: Tokenizer) -> RunFacts:
         units_per_sample=config.model.context_length,
         flops_per_unit=flops_per_token(config.model, tokenizer.vocab_size),
     )
-
-
-def _source(ingredients: Ingredients, *, rank: int, world_size: int) -> MegatronSource:
-    config = ingredients.config
-    return MegatronSource(
-        order=ingredients.order,
-        samples_per_step=samples_per_step(config.training, _facts(config, ingredients.tokenizer)),
-        device_batch_size=config.training.device_batch_size,
-        rank=rank,
-        world_size=world_size,
-    )
-
-
-@dataclass(frozen=True)
-class Prefetched:
-    """A source that a background thread reads ahead of the loop."""
-
-    source: MegatronSource
-    depth: int
-
-    def steps(self, states: list[DataState] | None) -> Generator[tuple[list[Batch], DataState]]:
-        return prefetch(self.source.steps(states), self.depth)
-
-
-def _evaluator(ingredients: Ingredients, world: World) -> Callable[[nn.Module, int], Mapping[str, float]] | None:
-    """Scores the validation documents, each rank its share of them: nats per token, perplexity, bits per byte."""
-    config, tokenizer, tokens = ingredients.config, ingredients.tokenizer, ingredients.val_tokens
-    if tokens is None:
-        return None
-    last = min(len(tokens), config.evaluation.max_documents or len(tokens))
-    first, last = last * world.rank // world.size, last * (world.rank + 1) // world.size
-    byte_lengths = tokenizer.byte_lengths()
-
-    def evaluate(model: nn.Module, step: int) -> Mapping[str, float]:
-        del step
-        with autocast_context(config.training.precision, world.device):
-            scores = score_documents(
-                model,
-                (tokens.document(index) for index in range(first, last)),
-                byte_lengths,
-                eot_id=tokenizer.eot_id,
-                context_length=config.model.context_length,
-                stride=config.evaluation.stride,
-                batch_size=config.evaluation.batch_size,
-            )
-        parts = {"nats": scores.nats.sum(), "tokens": scores.tokens.sum(), "bytes": scores.bytes.sum()}
-        wide = partial(torch.tensor, dtype=widest_float(world.device), device=world.device)
-        sums = sum_over_ranks({name: wide(value) for name, value in parts.items()}, world)
-        nats, count, size = (float(sums[name]) for name in parts)
-        loss = nats / max(count, 1)
-        values = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
-        return values | ({"val_bits_per_byte": nats / math.log(2) / size} if size else {})
-
-    return evaluate
 
 
 def _sampler(config: TrainConfig, tokenizer: Tokenizer, log: FileLog | NullLog) -> Callable[[nn.Module, int], None]:
@@ -335,5 +248,6 @@ def is_finished(config: TrainConfig) -> bool:
     if read_status(directory).get("status") != "finished":
         return False
     began_with = read_config(directory)
-    now = json.loads(json.dumps(recorded(open_ingredients(for_this_machine(config)))))
+    revision = pinned_revision(config.data, began_with)
+    now = json.loads(json.dumps(recorded(open_ingredients(for_this_machine(config), revision))))
     return not changed_settings(began_with, now, MAY_CHANGE)

@@ -71,7 +71,7 @@ def describe(estimate: Estimate, facts: RunFacts, world: World) -> str:
     """One line for people."""
     where = f"{world.size} × {world.device.type}" if world.size > 1 else world.device.type
     return (
-        f"{estimate.parameters / 1e6:,.2f}M parameters · {estimate.units / 1e6:,.1f}M {facts.unit_name} to train on · "
+        f"{estimate.parameters / 1e6:,.2f}M parameters · {estimate.units / 1e6:,.1f}M {facts.unit_name} to go · "
         f"about {estimate.memory_bytes / 2**30:.1f} GiB · about {format_duration(estimate.seconds)} on {where}"
     )
 

@@ -1,0 +1,190 @@
+"""From a `[data]` table to what a run reads: its training source, its validation sets, and what identifies them.
+
+One function for each `pipeline_mode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cli.text_sources import find_revision, held_out_texts, named_texts, training_documents
+from cli.validation import MAIN, TEST, HeldOut, HeldOutTexts, HeldOutTokens
+from config.schemas import TrainConfig
+from trainkit.data.megatron import IndexedTokens, verify
+from trainkit.data.orders import build_order
+from trainkit.data.prefetch import prefetch
+from trainkit.data.specs import DataSpec, MegatronDataSpec, PackedDataSpec, RowsDataSpec, StreamDataSpec
+from trainkit.data.windows import MegatronSource
+from trainkit.errors import UserError
+from trainkit.loop import DataState, Source
+from trainkit.task import Batch
+from transformerlm.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads, opened and checked."""
+
+    source: Callable[[int, int], Source]
+    """`source(rank, world_size)`: that rank's training batches."""
+    validation: Mapping[str, HeldOut]
+    """By name; the main one is `val`."""
+    inputs: Mapping[str, Any]
+    """What `config.json` records, so that a run is not resumed with other data."""
+    verify: Callable[[], None] = lambda: None
+    """Reads everything once and compares it with its checksums, where the settings ask for that."""
+
+
+@dataclass(frozen=True)
+class Prefetched:
+    """A source that a background thread reads ahead of the loop."""
+
+    read: Callable[[list[DataState] | None], Iterator[tuple[list[Batch], DataState]]]
+    depth: int
+
+    def steps(self, states: list[DataState] | None) -> Generator[tuple[list[Batch], DataState]]:
+        return prefetch(self.read(states), self.depth)
+
+
+def open_run_data(config: TrainConfig, tokenizer: Tokenizer, revision: str = "") -> RunData:
+    """Open what `config.data` names; a stream of the hub at `revision` (see `pinned_revision`)."""
+    match config.data:
+        case MegatronDataSpec() as data:
+            return _open_token_files(config, data, tokenizer)
+        case PackedDataSpec() | RowsDataSpec() as data:
+            return _open_stream(config, data, tokenizer, revision)
+
+
+def open_held_out(data: DataSpec, name: str, tokenizer: Tokenizer, revision: str = "") -> HeldOut | None:
+    """One set of documents that `data` keeps from training: `val`, `test` or a named one; None where there is none."""
+    match data:
+        case MegatronDataSpec():
+            prefixes = {MAIN: data.megatron_val_prefix, TEST: data.megatron_test_prefix, **data.validation_sets}
+            prefix = prefixes.get(name)
+            return HeldOutTokens(_open_tokens(prefix, tokenizer)) if prefix else None
+        case PackedDataSpec() | RowsDataSpec():
+            return _open_texts(data, name, tokenizer, revision)
+
+
+def pinned_revision(data: DataSpec, began_with: Mapping[str, Any]) -> str:
+    """The commit of a hub data set: for a run that exists (its `config.json`) the one that it began with."""
+    if isinstance(data, MegatronDataSpec):
+        return ""
+    before = began_with.get("data", {})
+    is_same = (before.get("dataset_name"), before.get("revision")) == (data.dataset_name, data.revision)
+    return find_revision(data, began_with.get("inputs", {}).get("revision", "") if is_same else "")
+
+
+# -- megatron ----------------------------------------------------------------------------------------------------------
+
+
+def _open_token_files(config: TrainConfig, data: MegatronDataSpec, tokenizer: Tokenizer) -> RunData:
+    prefixes = data.blend_prefixes or (data.megatron_train_prefix,)
+    tokens = [_open_tokens(prefix, tokenizer) for prefix in prefixes]
+    order = build_order(
+        data.order,
+        tokens,
+        data.blend_weights,
+        context_length=config.model.context_length,
+        seed=config.run.seed,
+        num_samples=config.training.max_steps * _samples_per_step(config),
+    )
+
+    def source(rank: int, world_size: int) -> Source:
+        windows = MegatronSource(
+            order=order,
+            samples_per_step=_samples_per_step(config),
+            device_batch_size=config.training.device_batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+        return Prefetched(windows.steps, data.prefetch)
+
+    validation = _open_validation(data, tokenizer)
+    inputs = {"train": " ".join(one.identity for one in tokens), **_identities(validation)}
+
+    def verify_files() -> None:
+        for prefix in (*prefixes, data.megatron_val_prefix, *data.validation_sets.values()):
+            if data.verify and prefix:
+                verify(prefix)
+
+    return RunData(source, validation, inputs, verify_files)
+
+
+def _open_tokens(prefix: str, tokenizer: Tokenizer) -> IndexedTokens:
+    tokens = IndexedTokens.open(prefix)
+    tokens.check_vocabulary(tokenizer.vocab_size)
+    made_with = tokens.manifest.tokenizer if tokens.manifest else ""
+    if made_with and made_with != tokenizer.content_hash:
+        raise UserError(
+            f"{prefix} was made with another tokenizer than this one ({made_with[:12]}…, not "
+            f"{tokenizer.content_hash[:12]}…); make the files again with uv run transformerlm-make-data, or name their "
+            "tokenizer in tokenizer.path"
+        )
+    return tokens
+
+
+# -- packed and rows ---------------------------------------------------------------------------------------------------
+
+
+def _open_stream(
+    config: TrainConfig, data: PackedDataSpec | RowsDataSpec, tokenizer: Tokenizer, revision: str
+) -> RunData:
+    from trainkit.data.streams import PackedSource, RowsSource  # pyright: ignore[reportMissingImports]
+
+    documents = training_documents(data, revision)
+    shared: dict[str, Any] = {
+        "documents": documents,
+        "encode": lambda text: tokenizer.encode(text, allowed_special="none"),  # pyright: ignore[reportUnknownLambdaType]
+        "eot_id": tokenizer.eot_id,
+        "context_length": config.model.context_length,
+        "samples_per_step": _samples_per_step(config),
+        "device_batch_size": config.training.device_batch_size,
+        "seed": config.run.seed,
+    }
+
+    def source(rank: int, world_size: int) -> Source:
+        match data:
+            case PackedDataSpec():
+                batches = PackedSource(**shared, spec=data, rank=rank, world_size=world_size)
+            case RowsDataSpec():
+                batches = RowsSource(**shared, spec=data, rank=rank, world_size=world_size)
+        return Prefetched(batches.steps, data.prefetch)
+
+    validation = _open_validation(data, tokenizer, revision)
+    inputs = {"train": documents.identity, "revision": revision, **_identities(validation)}
+    return RunData(source, validation, inputs)
+
+
+def _open_texts(data: StreamDataSpec, name: str, tokenizer: Tokenizer, revision: str) -> HeldOut | None:
+    match name:
+        case "val" | "test":
+            texts = held_out_texts(data, name, revision)
+        case _:
+            where = data.validation_sets.get(name)
+            texts = named_texts(data, where, revision) if where else None
+    if texts == []:
+        raise UserError(
+            f"the set {name!r} of data.dataset_name = {data.dataset_name!r} holds no documents; give it some, or a "
+            "larger data.validation_fraction"
+        )
+    return HeldOutTexts(f"{name} of {data.dataset_name}", texts, tokenizer) if texts else None
+
+
+# -- shared ------------------------------------------------------------------------------------------------------------
+
+
+def _open_validation(data: DataSpec, tokenizer: Tokenizer, revision: str = "") -> dict[str, HeldOut]:
+    sets = {name: open_held_out(data, name, tokenizer, revision) for name in (MAIN, *data.validation_sets)}
+    return {name: held_out for name, held_out in sets.items() if held_out is not None}
+
+
+def _identities(validation: Mapping[str, HeldOut]) -> dict[str, Any]:
+    named = {name: held_out.identity for name, held_out in validation.items() if name != MAIN}
+    return {"val": validation[MAIN].identity if MAIN in validation else "", "validation_sets": named}
+
+
+def _samples_per_step(config: TrainConfig) -> int:
+    return config.training.total_batch_size // config.model.context_length

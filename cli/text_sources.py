@@ -1,0 +1,139 @@
+"""Documents of a `packed` or `rows` table: which data set, which split, and what of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from itertools import islice
+from pathlib import Path
+
+from trainkit.data.documents import SUFFIXES
+from trainkit.data.hub import open_hub_documents, resolve_revision
+from trainkit.data.hub_files import Network
+from trainkit.data.specs import StreamDataSpec
+from trainkit.data.splits import Documents, Split, cut, first, iterate, joined, only
+from trainkit.errors import UserError
+
+DEFAULT_CACHE = "data/cache"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FILE_ENDINGS = (*SUFFIXES, ".parquet", ".json", ".gz")
+
+
+def is_local(name: str) -> bool:
+    """Whether `dataset_name` means a file or folder: because it is there, or because it cannot be a hub data set."""
+    if Path(name).expanduser().exists():
+        return True
+    return name.endswith(_FILE_ENDINGS) or name.startswith(".") or not _HUB_NAME.fullmatch(name)
+
+
+def find_revision(spec: StreamDataSpec, recorded: str = "") -> str:
+    """The commit that a run reads: the one it began with, else the one that `revision` stands for now."""
+    if is_local(spec.dataset_name):
+        return ""
+    return recorded or resolve_revision(
+        spec.dataset_name, spec.revision, cache_dir=cache_directory(spec), network=Network(report=_report)
+    )
+
+
+def training_documents(spec: StreamDataSpec, revision: str) -> Documents:
+    """What is trained on."""
+    documents = _open(spec, spec.train_split, revision, _limit(spec, spec.small_train_samples))
+    return _of_split(spec, documents, "train")
+
+
+def held_out_texts(spec: StreamDataSpec, split: Split, revision: str) -> list[str] | None:
+    """The first documents of the validation or test split, None where there is none."""
+    fraction = spec.validation_fraction if split == "val" else spec.test_fraction
+    if fraction:
+        documents = _open(spec, spec.train_split, revision, _limit(spec, spec.small_train_samples))
+        return _first_texts(spec, _of_split(spec, documents, split))
+    name = spec.val_split if split == "val" else spec.test_split
+    return named_texts(spec, name, revision) if name else None
+
+
+def named_texts(spec: StreamDataSpec, where: str, revision: str) -> list[str]:
+    """The first documents of another split of the same data set, or of a local file or folder."""
+    if "/" in where or where.endswith(_FILE_ENDINGS):
+        return _first_texts(spec, _open_local(spec, [Path(where).expanduser()]))
+    limit = _least(_limit(spec, spec.small_val_samples), 0 if spec.max_document_characters else spec.max_val_documents)
+    return _first_texts(spec, _open(spec, where, revision, limit))
+
+
+def cache_directory(spec: StreamDataSpec) -> str:
+    """Where downloads go: the setting, else what the environment names, else one folder for all runs.
+
+    A stream that was given no folder keeps nothing.
+    """
+    named = any(os.environ.get(name) for name in ("HF_DATASETS_CACHE", "HF_HOME"))
+    return spec.cache_dir or ("" if named or spec.streaming else DEFAULT_CACHE)
+
+
+def _open(spec: StreamDataSpec, split: str, revision: str, limit: int) -> Documents:
+    """The documents of a split, the first `limit` of them, 0 = all."""
+    if is_local(spec.dataset_name):
+        local = _open_local(spec, _local_paths(Path(spec.dataset_name).expanduser(), split, spec))
+        return first(local, limit) if limit else local
+    return open_hub_documents(
+        spec.dataset_name,
+        config=spec.dataset_config,
+        split=split,
+        revision=revision,
+        text_field=spec.text_field,
+        cache_dir=cache_directory(spec),
+        streaming=spec.streaming,
+        max_documents=limit,
+        network=Network(report=_report),
+    )
+
+
+def _open_local(spec: StreamDataSpec, paths: list[Path]) -> Documents:
+    from trainkit.data.streams import open_local_documents  # pyright: ignore[reportMissingImports]
+
+    documents = joined([open_local_documents(path, text_field=spec.text_field) for path in paths])
+    return cut(documents, spec.max_document_characters) if spec.max_document_characters else documents
+
+
+def _local_paths(path: Path, split: str, spec: StreamDataSpec) -> list[Path]:
+    """What a split is made of: in a folder, the folder or files of its name; else the training split is everything."""
+    if not path.exists():
+        raise UserError(f'data.dataset_name = "{path}" does not exist; check the path')
+    if path.is_dir() and split:
+        named = [entry for entry in sorted(path.glob(f"{split}*")) if _is_named(entry, path / split)]
+        if named:
+            return named
+    if split == spec.train_split:
+        return [path]
+    raise UserError(
+        f'data.dataset_name = "{path}" has nothing named "{split}": to hold documents out of the others, set '
+        'data.validation_fraction = 0.05; to go without, data.val_split = ""'
+    )
+
+
+def _is_named(entry: Path, wanted: Path) -> bool:
+    """`train`, `train.jsonl`, `train-00000-of-00002.parquet`, but not `training.txt`."""
+    rest = entry.name[len(wanted.name) :]
+    return rest == "" or (rest[0] in ".-_" and entry.name.endswith(_FILE_ENDINGS))
+
+
+def _of_split(spec: StreamDataSpec, documents: Documents, split: Split) -> Documents:
+    if not spec.validation_fraction and not spec.test_fraction:
+        return documents
+    return only(documents, split, spec.validation_fraction, spec.test_fraction)
+
+
+def _first_texts(spec: StreamDataSpec, documents: Documents) -> list[str]:
+    return list(islice(iterate(documents), spec.max_val_documents or None))
+
+
+def _limit(spec: StreamDataSpec, count: int) -> int:
+    return count if spec.dataset_variant == "small" else 0
+
+
+def _least(*limits: int) -> int:
+    """The smallest of the limits, where 0 is none."""
+    return min((limit for limit in limits if limit), default=0)
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
