@@ -9,8 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 from trainkit.data.documents import SUFFIXES
-from trainkit.data.hub import open_hub_documents, resolve_revision
-from trainkit.data.hub_files import Network
 from trainkit.data.specs import StreamDataSpec
 from trainkit.data.splits import Documents, Split, cut, first, iterate, joined, only
 from trainkit.errors import UserError
@@ -31,6 +29,9 @@ def find_revision(spec: StreamDataSpec, recorded: str = "") -> str:
     """The commit that a run reads: the one it began with, else the one that `revision` stands for now."""
     if is_local(spec.dataset_name):
         return ""
+    from trainkit.data.hub import resolve_revision
+    from trainkit.data.hub_files import Network
+
     return recorded or resolve_revision(
         spec.dataset_name, spec.revision, cache_dir=cache_directory(spec), network=Network(report=_report)
     )
@@ -74,6 +75,9 @@ def _open(spec: StreamDataSpec, split: str, revision: str, limit: int) -> Docume
     if is_local(spec.dataset_name):
         local = _open_local(spec, _local_paths(Path(spec.dataset_name).expanduser(), split, spec))
         return first(local, limit) if limit else local
+    from trainkit.data.hub import open_hub_documents
+    from trainkit.data.hub_files import Network
+
     return open_hub_documents(
         spec.dataset_name,
         config=spec.dataset_config,
