@@ -1,0 +1,120 @@
+"""Texts of hub data sets on the disk: one Arrow file for each data file, which gives any row at once from a memory map.
+
+A file appears when it is complete (temporary name, flush, rename); processes that want the same file wait for one that
+fetches it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+from trainkit.artifacts import TEMPORARY_MARK, explain_failed_writes, fsync_directory, make_directory, publish_file
+from trainkit.errors import UserError
+
+_BATCH_ROWS = 256
+"""Rows in a batch of a file; fixed, so that the batch of a row is known without looking."""
+
+
+def cache_root(cache_dir: str) -> Path:
+    """`cache_dir`, else `HF_DATASETS_CACHE`, else the `datasets` folder below `HF_HOME`."""
+    home = os.environ.get("HF_HOME") or str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")
+    return Path(cache_dir or os.environ.get("HF_DATASETS_CACHE") or Path(home, "datasets")).expanduser()
+
+
+def is_cache_named(cache_dir: str) -> bool:
+    return bool(cache_dir or os.environ.get("HF_DATASETS_CACHE"))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What `write_json` has written, or None."""
+    try:
+        return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove it and run once with the network") from error
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    make_directory(path.parent)
+    publish_file(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+class CachedTexts:
+    """A complete file, mapped into memory. Threads may share it."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        try:
+            self._file = pa.ipc.open_file(pa.memory_map(str(path)))
+            batches = self._file.num_record_batches
+            last = self._file.get_batch(batches - 1).num_rows if batches else 0
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it and run once with the network") from error
+        self._rows = max(batches - 1, 0) * _BATCH_ROWS + last
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, row: int) -> str:
+        with self._lock:
+            batch = self._file.get_batch(row // _BATCH_ROWS)
+        return cast(str, batch.column(0)[row % _BATCH_ROWS].as_py())
+
+    def read(self, start: int) -> Iterator[str]:
+        for first in range(start - start % _BATCH_ROWS, self._rows, _BATCH_ROWS):
+            with self._lock:
+                batch = self._file.get_batch(first // _BATCH_ROWS)
+            yield from batch.column(0)[max(start - first, 0) :].to_pylist()
+
+
+def keep(path: Path, read: Callable[[], Iterator[str]]) -> None:
+    """Make sure that `path` exists, from what `read()` gives."""
+    if path.exists():
+        return
+    make_directory(path.parent)
+    with _only_one(path):
+        if not path.exists():  # another process may have made it while this one waited
+            _write(path, read())
+
+
+def _write(path: Path, texts: Iterator[str]) -> None:
+    import pyarrow as pa
+
+    schema = pa.schema([("text", pa.large_string())])
+    # One name for all: the lock makes this the only writer, which thereby removes what a killed one left.
+    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}")
+    try:
+        with explain_failed_writes(path):
+            with temporary.open("wb") as file:
+                with pa.ipc.new_file(file, schema) as writer:
+                    while batch := list(islice(texts, _BATCH_ROWS)):
+                        writer.write_batch(pa.record_batch([pa.array(batch, pa.large_string())], schema=schema))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync_directory(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _only_one(path: Path) -> Generator[None]:
+    # Beside the file, and never removed: a lock that is unlinked while another process waits for it locks nothing.
+    lock = path.with_name(f".{path.name}.lock")
+    with explain_failed_writes(lock):
+        file = lock.open("ab")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
