@@ -66,13 +66,13 @@ class Muon(torch.optim.Optimizer):
         # A momentum that moves towards itself stays, to the bit; and weights that move by zero.
         skip = self.found_inf.to(gradients.device, gradients.dtype)
         gradients = torch.where(skip > 0, torch.stack(buffers), gradients)
-        lr = lr * (1 - skip)
+        rate = lr * (1 - skip)
         torch._foreach_lerp_(buffers, list(gradients.unbind()), 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
         # Nesterov: look one step ahead along the new momentum.
         directions = orthogonalize(gradients.lerp(torch.stack(buffers), momentum))
         scale = _ADAMW_RMS * max(gradients.shape[1:]) ** 0.5
         for parameter, direction in zip(parameters, directions.unbind(), strict=True):
-            parameter.mul_(1 - lr * weight_decay).sub_(direction * (lr * scale))
+            parameter.mul_(1 - rate * weight_decay).sub_(direction * (rate * scale))
 
     def _buffer(self, parameter: nn.Parameter) -> Tensor:
         state = self.state[parameter]
