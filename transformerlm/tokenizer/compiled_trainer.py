@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from trainkit.errors import UserError
 from transformerlm.tokenizer.kernels import counting, encoding, learning
 from transformerlm.tokenizer.kernels.machine import PADDING
+from transformerlm.tokenizer.kernels.pairs import LENGTH, MERGES, PAIRS, enter_all
 from transformerlm.tokenizer.segments import (
     PATTERN_NUMBERS,
     Region,
@@ -177,8 +178,8 @@ def learn_merges(nodes: Array, counts: Array, num_merges: int, progress: Callabl
     left_pair = np.full(tokens, -1, np.int32)
     right_pair = np.full(tokens, -1, np.int32)
     merges = np.empty((num_merges, 2), np.int64)
-    while state[learning.MERGES] < num_merges:
-        until = min(num_merges, int(state[learning.MERGES]) + MERGES_AT_A_TIME)
+    while state[MERGES] < num_merges:
+        until = min(num_merges, int(state[MERGES]) + MERGES_AT_A_TIME)
         status = learning.learn(
             until,
             nodes,
@@ -198,20 +199,20 @@ def learn_merges(nodes: Array, counts: Array, num_merges: int, progress: Callabl
         if status == learning.NEEDS_PAIRS:
             pairs, heap = _grown(pairs, 2 * len(pairs)), _grown(heap, 2 * len(heap))
             index = np.full(2 * len(index), -1, np.int32)
-            learning.enter_all(pairs, index, state)
+            enter_all(pairs, index, state)
         elif status == learning.NEEDS_PLACES:
-            longest = int(pairs[: state[learning.PAIRS], learning.LENGTH].max())
+            longest = int(pairs[: state[PAIRS], LENGTH].max())
             places = _grown(places, len(places) * 3 // 2 + 2 * longest)
         elif status == learning.NEEDS_TEXTS:
-            longest = int(np.diff(text_ends[: 257 + state[learning.MERGES]]).max())
+            longest = int(np.diff(text_ends[: 257 + state[MERGES]]).max())
             texts = _grown(texts, 2 * len(texts) + 2 * longest)
         elif status == learning.NEEDS_LOG:
             log = np.empty((2 * len(log), 2), np.int32)
         else:
-            progress("merge", int(state[learning.MERGES]))
-            if state[learning.MERGES] < until:
+            progress("merge", int(state[MERGES]))
+            if state[MERGES] < until:
                 break  # no pair is left
-    learned = merges[: state[learning.MERGES]].tolist()
+    learned = merges[: state[MERGES]].tolist()
     data = texts.tobytes()
     ends = text_ends.tolist()
     token_texts = [data[ends[number] : ends[number + 1]] for number in range(256 + len(learned))]
@@ -232,4 +233,4 @@ def warm_up() -> None:
     learn_merges(*counter.table.nodes(), 2, lambda stage, done: None)
     table = WordTable()
     table._until_done(iter([encoding.NEEDS_SLOTS, encoding.DONE]).__next__, 0)
-    learning.enter_all(np.zeros((1, 4), np.int64), np.full(2, -1, np.int32), np.zeros(4, np.int64))
+    enter_all(np.zeros((1, 4), np.int64), np.full(2, -1, np.int32), np.zeros(4, np.int64))

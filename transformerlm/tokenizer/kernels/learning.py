@@ -8,9 +8,7 @@ the two nodes, takes the old neighbouring pairs' counts down and the new ones' u
 Lists are written once. A pair can only come to be when the younger of its tokens is made, so all places of a new pair
 are known at the end of that merge; later merges may destroy some, which is noticed when the list is used.
 
-For the same reason counts only fall once a pair is in the heap, so an entry may promise too much but never too little:
-it is corrected when it comes to the top. Of equally frequent pairs the lexicographically greatest pair of byte strings
-wins, which makes the result independent of the order of words.
+`pairs.py` keeps the pairs: found by their two tokens, and by how often they occur.
 
 Kernels cannot make an array larger for their caller: `learn` stops before a merge that could need more room than there
 is, and says what for.
@@ -20,8 +18,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from transformerlm.tokenizer.kernels.encoding import HALF, MIX_1
-from transformerlm.tokenizer.kernels.machine import Array, as_mask, as_number, kernel
+from transformerlm.tokenizer.kernels.machine import Array, kernel, prefetch
+from transformerlm.tokenizer.kernels.pairs import (
+    COUNT,
+    FIRST,
+    LENGTH,
+    LOW_32,
+    MERGES,
+    PAIRS,
+    PLACES,
+    TOKENS,
+    add_pair,
+    drop_top,
+    find_pair,
+    most_frequent,
+    push,
+)
 
 # Columns of `nodes`, int32.
 TOKEN = 0
@@ -31,20 +43,6 @@ WORD = 3
 END = -1
 CONSUMED = -1
 
-# Columns of `pairs`, int64.
-TOKENS = 0
-"""The left token in the upper 32 bits, the right one in the lower."""
-COUNT = 1
-FIRST = 2
-"""Where its list begins in `places`."""
-LENGTH = 3
-
-# The numbers in `state`.
-MERGES = 0
-PAIRS = 1
-PLACES = 2
-HEAP = 3
-
 # What `learn` lacks when it comes back.
 DONE = 0
 NEEDS_PAIRS = 1
@@ -52,7 +50,9 @@ NEEDS_PLACES = 2
 NEEDS_TEXTS = 3
 NEEDS_LOG = 4
 
-LOW_32 = (1 << 32) - 1
+NODE_BYTES = 16
+AHEAD = 16
+"""Places between the one that is worked on and the one whose node is asked for: nodes lie far apart in memory."""
 
 
 @kernel
@@ -100,87 +100,147 @@ def learn(
     state: Array,
 ) -> int:
     """Learn merges until there are `until` of them, or no pair is left."""
-    while state[MERGES] < until and state[HEAP] > 0:
-        best = heap[0, 1]
-        if pairs[best, COUNT] != heap[0, 0]:
-            if pairs[best, COUNT] > 0:
-                heap[0, 0] = pairs[best, COUNT]
-            else:
-                state[HEAP] -= 1
-                heap[0] = heap[state[HEAP]]
-            sift_down(heap, state[HEAP], pairs, texts, text_ends)
-            continue
-
+    while state[MERGES] < until:
+        best = most_frequent(heap, state, pairs, texts, text_ends)
+        if best < 0:
+            return DONE
         left, right = pairs[best, TOKENS] >> 32, pairs[best, TOKENS] & LOW_32
         token = 256 + state[MERGES]
-        size = text_ends[left + 1] - text_ends[left] + text_ends[right + 1] - text_ends[right]
-        most_new = min(2 * pairs[best, LENGTH], 2 * (token + 1))
-        if state[PAIRS] + most_new > pairs.shape[0] or 2 * (state[PAIRS] + most_new) > index.shape[0]:
-            return NEEDS_PAIRS
-        if state[PLACES] + 2 * pairs[best, LENGTH] > places.shape[0]:
-            return NEEDS_PLACES
-        if text_ends[token] + size > texts.shape[0]:
-            return NEEDS_TEXTS
-        if 2 * pairs[best, LENGTH] > log.shape[0]:
-            return NEEDS_LOG
-
-        state[HEAP] -= 1
-        heap[0] = heap[state[HEAP]]
-        sift_down(heap, state[HEAP], pairs, texts, text_ends)
+        lacking = what_lacks(best, token, pairs, index, places, log, texts, text_ends, state)
+        if lacking != DONE:
+            return lacking
+        drop_top(heap, state, pairs, texts, text_ends)
         merges[state[MERGES], 0], merges[state[MERGES], 1] = left, right
         state[MERGES] += 1
         append_text(left, right, token, texts, text_ends)
-
         first_new = state[PAIRS]
-        logged = 0
-        for item in range(pairs[best, FIRST], pairs[best, FIRST] + pairs[best, LENGTH]):
-            node = np.int64(places[item])
-            partner = np.int64(nodes[node, NEXT])
-            # Outdated when another merge has taken one of the two.
-            if nodes[node, TOKEN] != left or partner == END or nodes[partner, TOKEN] != right:
-                continue
-            count = counts[nodes[node, WORD]]
-            before, after = np.int64(nodes[node, PREVIOUS]), np.int64(nodes[partner, NEXT])
-            if before != END:
-                neighbour = np.int64(nodes[before, TOKEN])
-                pairs[find_pair(neighbour, left, pairs, index), COUNT] -= count
-                pair = np.int64(left_pair[neighbour])
-                if pair < 0:
-                    pair = add_pair(neighbour, token, pairs, index, state)
-                    left_pair[neighbour] = pair
-                    if neighbour == token:
-                        right_pair[token] = pair
-                pairs[pair, COUNT] += count
-                pairs[pair, LENGTH] += 1
-                log[logged, 0], log[logged, 1] = pair, before
-                logged += 1
-            if after != END:
-                neighbour = np.int64(nodes[after, TOKEN])
-                pairs[find_pair(right, neighbour, pairs, index), COUNT] -= count
-                pair = np.int64(right_pair[neighbour])
-                if pair < 0:
-                    pair = add_pair(token, neighbour, pairs, index, state)
-                    right_pair[neighbour] = pair
-                pairs[pair, COUNT] += count
-                pairs[pair, LENGTH] += 1
-                log[logged, 0], log[logged, 1] = pair, node
-                logged += 1
-                nodes[after, PREVIOUS] = node
-            nodes[node, TOKEN], nodes[node, NEXT] = token, after
-            nodes[partner, TOKEN] = CONSUMED
-        pairs[best, COUNT] = 0
-
-        place_lists(first_new, pairs, state)
-        for item in range(logged):
-            pair = np.int64(log[item, 0])
-            places[pairs[pair, FIRST] + pairs[pair, LENGTH]] = log[item, 1]
-            pairs[pair, LENGTH] += 1
+        logged = join_everywhere(best, token, nodes, counts, pairs, index, places, log, left_pair, right_pair, state)
+        write_lists(first_new, logged, pairs, places, log, state)
         for pair in range(first_new, state[PAIRS]):
-            left_pair[pairs[pair, TOKENS] >> 32] = right_pair[pairs[pair, TOKENS] >> 32] = -1
-            left_pair[pairs[pair, TOKENS] & LOW_32] = right_pair[pairs[pair, TOKENS] & LOW_32] = -1
+            forget(pair, pairs, left_pair, right_pair)
             if pairs[pair, COUNT] > 0:
                 push(heap, state, pairs[pair, COUNT], pair, pairs, texts, text_ends)
     return DONE
+
+
+@kernel
+def what_lacks(
+    best: int,
+    token: int,
+    pairs: Array,
+    index: Array,
+    places: Array,
+    log: Array,
+    texts: Array,
+    text_ends: Array,
+    state: Array,
+) -> int:
+    """What merging the pair `best` may need more of than there is; `DONE` if nothing."""
+    left, right = pairs[best, TOKENS] >> 32, pairs[best, TOKENS] & LOW_32
+    most_places = pairs[best, LENGTH]
+    most_pairs = state[PAIRS] + min(2 * most_places, 2 * (token + 1))
+    size = text_ends[left + 1] - text_ends[left] + text_ends[right + 1] - text_ends[right]
+    if most_pairs > pairs.shape[0] or 2 * most_pairs > index.shape[0]:
+        return NEEDS_PAIRS
+    if state[PLACES] + 2 * most_places > places.shape[0]:
+        return NEEDS_PLACES
+    if text_ends[token] + size > texts.shape[0]:
+        return NEEDS_TEXTS
+    return NEEDS_LOG if 2 * most_places > log.shape[0] else DONE
+
+
+@kernel
+def join_everywhere(
+    best: int,
+    token: int,
+    nodes: Array,
+    counts: Array,
+    pairs: Array,
+    index: Array,
+    places: Array,
+    log: Array,
+    left_pair: Array,
+    right_pair: Array,
+    state: Array,
+) -> int:
+    """Make the pair `best` into `token` wherever it is, and keep counts; returns how many new places are in `log`."""
+    left, right = pairs[best, TOKENS] >> 32, pairs[best, TOKENS] & LOW_32
+    logged = 0
+    end = pairs[best, FIRST] + pairs[best, LENGTH]
+    for item in range(pairs[best, FIRST], end):
+        prefetch(nodes.ctypes.data + NODE_BYTES * np.int64(places[min(item + AHEAD, end - 1)]))
+        node = np.int64(places[item])
+        partner = np.int64(nodes[node, NEXT])
+        # Outdated when another merge has taken one of the two.
+        if nodes[node, TOKEN] != left or partner == END or nodes[partner, TOKEN] != right:
+            continue
+        count = counts[nodes[node, WORD]]
+        before, after = np.int64(nodes[node, PREVIOUS]), np.int64(nodes[partner, NEXT])
+        if before != END:
+            neighbour = np.int64(nodes[before, TOKEN])
+            pairs[find_pair(neighbour, left, pairs, index), COUNT] -= count
+            pair = pair_with_left(neighbour, token, pairs, index, left_pair, right_pair, state)
+            logged = note_place(pair, before, count, pairs, log, logged)
+        if after != END:
+            neighbour = np.int64(nodes[after, TOKEN])
+            pairs[find_pair(right, neighbour, pairs, index), COUNT] -= count
+            pair = pair_with_right(neighbour, token, pairs, index, right_pair, state)
+            logged = note_place(pair, node, count, pairs, log, logged)
+            nodes[after, PREVIOUS] = node
+        nodes[node, TOKEN], nodes[node, NEXT] = token, after
+        nodes[partner, TOKEN] = CONSUMED
+    pairs[best, COUNT] = 0
+    return logged
+
+
+@kernel
+def pair_with_left(
+    neighbour: int, token: int, pairs: Array, index: Array, left_pair: Array, right_pair: Array, state: Array
+) -> int:
+    """The pair of `neighbour` and the token that is being made, new if this is its first place."""
+    pair = left_pair[neighbour]
+    if pair < 0:
+        pair = add_pair(neighbour, token, pairs, index, state)
+        left_pair[neighbour] = pair
+        if neighbour == token:  # beside itself, it is on both sides
+            right_pair[token] = pair
+    return pair
+
+
+@kernel
+def pair_with_right(neighbour: int, token: int, pairs: Array, index: Array, right_pair: Array, state: Array) -> int:
+    pair = right_pair[neighbour]
+    if pair < 0:
+        pair = add_pair(token, neighbour, pairs, index, state)
+        right_pair[neighbour] = pair
+    return pair
+
+
+@kernel
+def forget(pair: int, pairs: Array, left_pair: Array, right_pair: Array) -> None:
+    """Clear the tables of `pair_with_left` and `pair_with_right` for the next token."""
+    left, right = pairs[pair, TOKENS] >> 32, pairs[pair, TOKENS] & LOW_32
+    left_pair[left] = right_pair[left] = -1
+    left_pair[right] = right_pair[right] = -1
+
+
+@kernel
+def note_place(pair: int, node: int, count: int, pairs: Array, log: Array, logged: int) -> int:
+    """Count one more place of a new pair; which pair and where goes to `log`, until all are known."""
+    pairs[pair, COUNT] += count
+    pairs[pair, LENGTH] += 1
+    log[logged, 0], log[logged, 1] = pair, node
+    return logged + 1
+
+
+@kernel
+def write_lists(first: int, logged: int, pairs: Array, places: Array, log: Array, state: Array) -> None:
+    """The lists of the pairs from `first` on, from the log."""
+    place_lists(first, pairs, state)
+    for item in range(logged):
+        pair = np.int64(log[item, 0])
+        places[pairs[pair, FIRST] + pairs[pair, LENGTH]] = log[item, 1]
+        pairs[pair, LENGTH] += 1
 
 
 @kernel
@@ -200,108 +260,3 @@ def append_text(left: int, right: int, token: int, texts: Array, text_ends: Arra
             texts[end] = texts[position]
             end += 1
     text_ends[token + 1] = end
-
-
-# -- pairs by their tokens ---------------------------------------------------------------------------------------------
-
-
-@kernel
-def home(tokens: int, mask: int) -> int:
-    value = as_mask(tokens) * MIX_1
-    return as_number(value ^ value >> HALF) & mask
-
-
-@kernel
-def find_pair(left: int, right: int, pairs: Array, index: Array) -> int:
-    """The number of a pair that exists."""
-    mask = index.shape[0] - 1
-    slot = home(left << 32 | right, mask)
-    while pairs[index[slot], TOKENS] != left << 32 | right:
-        slot = slot + 1 & mask
-    return index[slot]
-
-
-@kernel
-def add_pair(left: int, right: int, pairs: Array, index: Array, state: Array) -> int:
-    """Number a new pair that does not occur yet."""
-    pair = state[PAIRS]
-    state[PAIRS] += 1
-    pairs[pair, TOKENS] = left << 32 | right
-    pairs[pair, COUNT] = pairs[pair, LENGTH] = 0
-    enter(pair, pairs, index)
-    return pair
-
-
-@kernel
-def enter(pair: int, pairs: Array, index: Array) -> None:
-    mask = index.shape[0] - 1
-    slot = home(pairs[pair, TOKENS], mask)
-    while index[slot] >= 0:
-        slot = slot + 1 & mask
-    index[slot] = pair
-
-
-@kernel
-def enter_all(pairs: Array, index: Array, state: Array) -> None:
-    for pair in range(state[PAIRS]):
-        enter(pair, pairs, index)
-
-
-# -- the heap: columns are the count that was true once, and the pair --------------------------------------------------
-
-
-@kernel
-def push(heap: Array, state: Array, count: int, pair: int, pairs: Array, texts: Array, text_ends: Array) -> None:
-    hole = state[HEAP]
-    state[HEAP] += 1
-    while hole > 0:
-        parent = (hole - 1) >> 1
-        if not goes_before(count, pair, heap[parent, 0], heap[parent, 1], pairs, texts, text_ends):
-            break
-        heap[hole, 0], heap[hole, 1] = heap[parent, 0], heap[parent, 1]
-        hole = parent
-    heap[hole, 0], heap[hole, 1] = count, pair
-
-
-@kernel
-def sift_down(heap: Array, size: int, pairs: Array, texts: Array, text_ends: Array) -> None:
-    """Move the first entry to where it belongs."""
-    count, pair = heap[0, 0], heap[0, 1]
-    hole = 0
-    while 2 * hole + 1 < size:
-        child = 2 * hole + 1
-        if child + 1 < size and goes_before(
-            heap[child + 1, 0], heap[child + 1, 1], heap[child, 0], heap[child, 1], pairs, texts, text_ends
-        ):
-            child += 1
-        if goes_before(count, pair, heap[child, 0], heap[child, 1], pairs, texts, text_ends):
-            break
-        heap[hole, 0], heap[hole, 1] = heap[child, 0], heap[child, 1]
-        hole = child
-    heap[hole, 0], heap[hole, 1] = count, pair
-
-
-@kernel
-def goes_before(
-    count: int, pair: int, other_count: int, other: int, pairs: Array, texts: Array, text_ends: Array
-) -> bool:
-    if count != other_count:
-        return count > other_count
-    tokens, other_tokens = pairs[pair, TOKENS], pairs[other, TOKENS]
-    order = compare(tokens >> 32, other_tokens >> 32, texts, text_ends)
-    if order == 0:
-        order = compare(tokens & LOW_32, other_tokens & LOW_32, texts, text_ends)
-    return order > 0
-
-
-@kernel
-def compare(token: int, other: int, texts: Array, text_ends: Array) -> int:
-    """Positive if the bytes of `token` are lexicographically greater, negative if less, 0 for the same token."""
-    if token == other:
-        return 0
-    length, other_length = text_ends[token + 1] - text_ends[token], text_ends[other + 1] - text_ends[other]
-    for position in range(min(length, other_length)):
-        byte, other_byte = texts[text_ends[token] + position], texts[text_ends[other] + position]
-        if byte != other_byte:
-            return 1 if byte > other_byte else -1
-    return length - other_length
