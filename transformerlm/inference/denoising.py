@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformerlm.models.cache import KeyValueCache
 from transformerlm.models.specs import Alignment
 from transformerlm.models.transformer import Head, Transformer
 from transformerlm.models.visibility import block_causal, denoising_arguments
@@ -15,7 +16,11 @@ from transformerlm.models.visibility import block_causal, denoising_arguments
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A diffusion model and what must be known in order to read it as it was trained."""
+    """A diffusion model and what must be known in order to read it as it was trained.
+
+    Logits are float64 [chosen places, vocab_size], row by row, −∞ for forbidden ids. `chosen` bool [batch, length] are
+    the places asked about; under the shifted alignment never the first.
+    """
 
     model: Transformer
     mask_id: int
@@ -25,12 +30,13 @@ class Denoiser:
     block_size: int = 0
     """0 = every token sees every other."""
 
-    def logits(self, tokens: Tensor, chosen: Tensor, *, segments: Tensor | None = None) -> Tensor:
-        """float64 [chosen places, vocab_size], row by row, of `tokens` int64 [batch, length]; −∞ for forbidden ids.
+    @property
+    def lookback(self) -> int:
+        """How many places before a token the logits about it are found."""
+        return int(self.alignment == "shifted")
 
-        `chosen` bool [batch, length] are the places asked about; under the shifted alignment never the first.
-        `segments` as in the model's `forward`. With blocks, a token sees the earlier ones as they are in `tokens`.
-        """
+    def logits(self, tokens: Tensor, chosen: Tensor, *, segments: Tensor | None = None) -> Tensor:
+        """Of `tokens` int64 [batch, length]; `segments` as in the model's `forward`."""
         mask = block_causal(tokens.shape[1], self.block_size, tokens.device) if self.block_size else None
         return self._read(chosen, {"tokens": tokens, "segments": segments, "causal": False, "mask": mask})
 
@@ -41,11 +47,18 @@ class Denoiser:
         arguments = denoising_arguments(noisy, clean, block_size=self.block_size, segments=segments)
         return self._read(chosen, arguments)
 
-    @torch.no_grad()
+    def logits_with_cache(self, tokens: Tensor, chosen: Tensor, cache: KeyValueCache, *, start: int) -> Tensor:
+        """Of `tokens`, which stand at `start` of a longer text; `cache` has keys and values of the rest.
+
+        What the cache held of the places from `start` on is overwritten.
+        """
+        cache.length = start
+        return self._read(chosen, {"tokens": tokens, "cache": cache, "causal": False})
+
+    @torch.inference_mode()
     def _read(self, chosen: Tensor, arguments: dict[str, Any]) -> Tensor:
         rows, columns = chosen.nonzero(as_tuple=True)
-        if self.alignment == "shifted":
-            columns = columns - 1
+        columns = columns - self.lookback
 
         def read(hidden: Tensor, head: Head) -> Tensor:
             return head(hidden[rows, columns])

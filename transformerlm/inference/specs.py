@@ -29,6 +29,41 @@ class SamplingSpec:
 
 DEFAULT_SAMPLING = SamplingSpec()
 
+UnmaskingOrder = Literal["confidence", "margin", "entropy", "random", "first_hitting", "left_to_right"]
+DenoisingCache = Literal["off", "prefix", "dual"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingSpec:
+    """How a diffusion model fills its canvas: which places first, and how many at a time."""
+
+    order: UnmaskingOrder = "confidence"
+    """Which masked places come first: where the most likely token is most likely (`confidence`), furthest ahead of the
+    second (`margin`), or the distribution is narrowest (`entropy`); at `random`; at random times as the noise process
+    itself would (`first_hitting`, arXiv:2409.02908); or from `left_to_right`."""
+    steps: Annotated[int, Ge(0)] = 0
+    """Forward passes over a text, at most; 0 = as `tokens_per_step` says."""
+    tokens_per_step: Annotated[int, Ge(1)] = 1
+    """Places filled in one pass when `steps` is 0. One is exact; more treat them as independent, which is faster."""
+    threshold: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Also fill every place whose most likely token has at least this probability (arXiv:2505.22618); 0 = off."""
+    block_length: Annotated[int, Ge(0)] = 0
+    """Fill the canvas block after block of so many tokens; 0 = all at once, or a block model's own blocks."""
+    guidance: Annotated[float, Ge(0)] = 0.0
+    """Strength of classifier-free guidance: how far to move from what the model would write without the prompt."""
+    cache: DenoisingCache = "off"
+    """Keys and values kept while a block is filled, an approximation for a model without blocks (arXiv:2505.22618): of
+    the text before it (`prefix`), or also of what comes after (`dual`). Block models have an exact cache, always."""
+
+    def __post_init__(self) -> None:
+        if self.steps and self.tokens_per_step != 1:
+            raise ValueError("steps and tokens_per_step both say how fast to go: set one of them")
+        if self.cache != "off" and not self.block_length:
+            raise ValueError(f"cache = '{self.cache}' keeps what lies outside of a block: set block_length")
+
+
+DEFAULT_DENOISING = DenoisingSpec()
+
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceSpec(SamplingSpec):

@@ -28,6 +28,8 @@ class KeyValueCache:
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.segments: Tensor | None = None
         self.length = 0
+        self.visible = 0
+        """Positions that a query sees at least, beyond those up to its own: keys stored there before."""
 
     @property
     def capacity(self) -> int:
@@ -38,7 +40,8 @@ class KeyValueCache:
         end = self.length + keys.shape[2]
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        seen = max(end, self.visible)
+        return self.keys[layer, :, :, :seen], self.values[layer, :, :, :seen]
 
     def append_segments(self, segments: Tensor) -> Tensor:
         """Store int64 [batch, new] after `length`; returns all so far."""

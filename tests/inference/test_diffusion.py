@@ -1,0 +1,285 @@
+"""Filling a canvas: the exact distribution by enumeration, caches against none, and what must never change."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from transformerlm.inference.denoising import Denoiser
+from transformerlm.inference.diffusion import Step, denoise
+from transformerlm.inference.sampling import invert_cumulative
+from transformerlm.inference.specs import DenoisingSpec, SamplingSpec
+from transformerlm.models.build import create_model
+from transformerlm.models.specs import TransformerSpec
+
+VOCAB, EOT, MASK = 5, 3, 4
+LENGTH = 12
+ORDERS = ["confidence", "margin", "entropy", "random", "first_hitting", "left_to_right"]
+
+
+@cache
+def denoiser(gain: float = 12.0, **settings: Any) -> Denoiser:
+    spec = TransformerSpec(context_length=LENGTH, num_layers=2, d_model=16, num_heads=2)
+    model = create_model(spec, vocab_size=VOCAB, seed=1).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(gain)
+    return Denoiser(model, MASK, torch.tensor([False] * 4 + [True]), **settings)
+
+
+def canvas_of(*texts: str) -> Tensor:
+    """`e` end of text, `.` a mask, digits ids."""
+    return torch.tensor([[{"e": EOT, ".": MASK}.get(c) or int(c.replace(".", "4")) for c in text] for text in texts])
+
+
+def fill(one: Denoiser, canvas: Tensor, *, sampling: SamplingSpec | None = None, **options: Any) -> list[Step]:
+    """All steps, each with a canvas of its own."""
+    seed, rows, stop_id = (
+        options.pop(name, default) for name, default in (("seed", 0), ("rows", None), ("stop_id", None))
+    )
+    steps = denoise(
+        one, canvas, denoising=DenoisingSpec(**options), sampling=sampling or SamplingSpec(), seed=seed, rows=rows,
+        stop_id=stop_id,
+    )  # fmt: skip
+    return [Step(**{**vars(step), "canvas": step.canvas.clone()}) for step in steps]
+
+
+def exact_distribution(one: Denoiser, text: tuple[int, ...], order: str) -> dict[tuple[int, ...], float]:
+    """The probability of every full text, by going through all that can be drawn."""
+    masked = [i for i, token in enumerate(text) if token == MASK]
+    if not masked:
+        return {text: 1.0}
+    tokens = torch.tensor([text])
+    probs = one.logits(tokens, tokens == MASK).softmax(dim=-1)
+    result: dict[tuple[int, ...], float] = {}
+    for share, place in places_of(order, masked, probs):
+        for token, p in enumerate(probs[masked.index(place)].tolist()):
+            if p > 0:
+                rest = exact_distribution(one, (*text[:place], token, *text[place + 1 :]), order)
+                for outcome, q in rest.items():
+                    result[outcome] = result.get(outcome, 0.0) + share * p * q
+    return result
+
+
+def places_of(order: str, masked: list[int], probs: Tensor) -> list[tuple[float, int]]:
+    if order in ("random", "first_hitting"):
+        return [(1 / len(masked), place) for place in masked]
+    if order == "left_to_right":
+        return [(1.0, masked[0])]
+    sorted_probs = probs.sort(dim=-1, descending=True).values
+    score = {
+        "confidence": sorted_probs[:, 0],
+        "margin": sorted_probs[:, 0] - sorted_probs[:, 1],
+        "entropy": (probs * probs.clamp(min=1e-300).log()).sum(dim=-1),
+    }[order]
+    return [(1.0, masked[int(score.argmax())])]
+
+
+@pytest.mark.parametrize("alignment", ["in_place", "shifted"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_one_place_a_pass_samples_exactly(order: str, alignment: Any) -> None:
+    """By Pearson's chi-square over all 64 texts of three tokens."""
+    one = denoiser(alignment=alignment)
+    count = 4000
+    expected = exact_distribution(one, (EOT, MASK, MASK, MASK), order)
+    assert sum(expected.values()) == pytest.approx(1.0)
+    steps = fill(one, canvas_of("e...").expand(count, -1), order=order, seed=7)
+    found: dict[tuple[int, ...], int] = {}
+    for text in map(tuple, steps[-1].canvas.tolist()):
+        found[text] = found.get(text, 0) + 1
+    likely = [text for text, p in expected.items() if p * count >= 5]
+    cells = [(found.get(text, 0), expected[text] * count) for text in likely]
+    cells.append((count - sum(c[0] for c in cells), max(count - sum(c[1] for c in cells), 1e-9)))
+    statistic = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells if wanted >= 1)
+    freedom = len(cells) - 1
+    assert freedom >= 5
+    assert statistic < freedom + 4.5 * math.sqrt(2 * freedom) + 8  # far beyond the 99.9th percentile
+
+
+def test_32_bit_gumbel_noise_lowers_the_temperature_and_ours_does_not() -> None:
+    """A tail of a million and a half tokens that together have 9 %: 32-bit numbers are too coarse to reach it."""
+    size, tail = 1_500_000, 0.09
+    probs = torch.full((size,), tail / (size - 1), dtype=torch.float64)
+    probs[0] = 1 - tail
+    generator = torch.Generator().manual_seed(0)
+    count = 150
+    logits = probs.log().float()
+    coarse = 0
+    for _ in range(count):
+        noise = torch.rand(size, generator=generator).log_().neg_().log_().neg_()
+        coarse += int((logits + noise).argmax() != 0)
+    numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    ours = sum(int(invert_cumulative(probs.unsqueeze(0), number.reshape(1, 1)) != 0) for number in numbers)
+    expected, deviation = count * tail, math.sqrt(count * tail * (1 - tail))
+    assert abs(ours - expected) <= 1
+    assert coarse < expected - 2 * deviation
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("options", [{}, {"steps": 4}, {"tokens_per_step": 3}, {"threshold": 0.4}, {"block_length": 5}])
+def test_given_text_stays_and_everything_else_is_filled(order: str, options: dict[str, Any]) -> None:
+    canvas = canvas_of("e12.........", "e.........21", "e.0..1.....2", "............")
+    canvas[3, 0] = EOT
+    steps = fill(denoiser(), canvas, order=order, **options)
+    given = canvas != MASK
+    for step in steps:
+        assert torch.equal(step.canvas[given], canvas[given])
+    final = steps[-1].canvas
+    assert not (final == MASK).any()
+    drawn = {(r, p): t for step in steps for r, p, t in zip(step.rows, step.positions, step.tokens, strict=True)}
+    assert len(drawn) == sum(len(step.rows) for step in steps) == int((~given).sum())
+    assert all(int(final[row, place]) == token for (row, place), token in drawn.items())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 11, 40])
+def test_no_more_passes_than_asked_for_and_nothing_need_divide(order: str, steps: int) -> None:
+    canvas = canvas_of("e...........", "e11111......", "e1111111111.")
+    taken = fill(denoiser(), canvas, order=order, steps=steps)
+    assert len(taken) <= steps
+    if order != "first_hitting":
+        for row, count in enumerate([11, 6, 1]):
+            each = [step.rows.count(row) for step in taken if row in step.rows]
+            assert sum(each) == count and max(each) - min(each) <= 1
+
+
+def test_blocks_share_the_steps() -> None:
+    taken = fill(denoiser(), canvas_of("e..........."), order="left_to_right", steps=6, block_length=4)
+    assert len(taken) == 6
+    assert [p for step in taken for p in sorted(step.positions)] == list(range(1, 12))
+
+
+def test_first_hitting_fills_what_falls_into_a_part_of_the_time() -> None:
+    """Few steps over many places: some parts of the time are empty and cost nothing; rows differ."""
+    canvas = canvas_of("e...........").expand(50, -1)
+    taken = fill(denoiser(), canvas, order="first_hitting", steps=8)
+    passes = [sum(row in step.rows for step in taken) for row in range(50)]
+    # Eleven places in eight parts: 8 · (1 − (7/8)^11) = 6.2 parts are hit on average.
+    assert 5.6 < sum(passes) / 50 < 6.8
+
+
+def test_at_least_one_place_and_all_sure_ones() -> None:
+    canvas = canvas_of("e...........", "e12101......")
+    for step in fill(denoiser(), canvas, threshold=1.0):
+        assert {step.rows.count(row) for row in set(step.rows)} == {1}
+    assert len(fill(denoiser(), canvas, threshold=1e-9)) == 1
+    for step in fill(denoiser(), canvas, threshold=0.5):
+        for row in set(step.rows):
+            assert step.rows.count(row) == 1 or all(
+                c > 0 for r, c in zip(step.rows, step.confidences, strict=True) if r == row
+            )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_row_is_filled_alike_in_any_company(order: str) -> None:
+    texts = ["e12.........", "e.........21", "e.0..1.....2"]
+    together = fill(denoiser(), canvas_of(*texts), order=order, seed=4, rows=[5, 6, 9])[-1].canvas
+    for text, number, row in zip(texts, [5, 6, 9], together, strict=True):
+        alone = fill(denoiser(), canvas_of(text), order=order, seed=4, rows=[number])[-1].canvas
+        assert torch.equal(alone[0], row)
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": 1.5}, {"threshold": 0.6}])
+def test_the_cache_of_finished_blocks_is_exact(options: dict[str, Any]) -> None:
+    one = denoiser(block_size=4)
+    canvas = canvas_of("e12.........", "e12101......", "e...........")
+    cached = fill(one, canvas, **options)
+
+    def uncached(start: int, end: int) -> Any:
+        def read(view: Tensor, asked: Tensor) -> Tensor:
+            return one.logits(view[:, :end], asked[:, :end])
+
+        return read
+
+    for before, step in zip([canvas, *[s.canvas for s in cached]], cached, strict=False):
+        end = (max(step.positions) // 4 + 1) * 4
+        asked = torch.zeros_like(before, dtype=torch.bool)
+        asked[step.rows, step.positions] = True
+        logits = uncached(0, end)(before, asked)
+        if "guidance" in options:
+            prompt = canvas != MASK
+            prompt[:, 0] = False
+            free = uncached(0, end)(before.masked_fill(prompt, MASK), asked)
+            logits = (2.5 * logits - 1.5 * free).masked_fill(one.forbidden, -math.inf)
+        probs = logits.softmax(dim=-1)
+        order = sorted(range(len(step.rows)), key=lambda i: (step.rows[i], step.positions[i]))
+        expected = [float(probs[n, step.tokens[i]]) for n, i in enumerate(order)]
+        assert [step.confidences[i] for i in order] == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.parametrize("cache_kind", ["prefix", "dual"])
+@pytest.mark.parametrize("alignment", ["in_place", "shifted"])
+def test_an_approximate_cache_is_exact_at_the_start_of_a_block(alignment: Any, cache_kind: Any) -> None:
+    one = denoiser(alignment=alignment)
+    canvas = canvas_of("e12.........", "e........102")
+    steps = fill(one, canvas, block_length=4, cache=cache_kind)
+    plain = fill(one, canvas, block_length=4)
+    assert (steps[0].positions, steps[0].tokens) == (plain[0].positions, plain[0].tokens)
+    assert steps[0].confidences == pytest.approx(plain[0].confidences, rel=1e-10)
+    assert not (steps[-1].canvas == MASK).any()
+    # A block that is the whole canvas leaves nothing outside to be stale.
+    whole = fill(one, canvas, block_length=LENGTH, cache=cache_kind)
+    exact = fill(one, canvas, block_length=LENGTH)
+    assert torch.equal(whole[-1].canvas, exact[-1].canvas)
+    for step, other in zip(whole, exact, strict=True):
+        assert step.confidences == pytest.approx(other.confidences, rel=1e-9)
+
+
+def test_what_stands_outside_of_a_block_is_stale_in_an_approximate_cache() -> None:
+    """The approximation is one: with a sharp model, later passes of a block see other numbers than without a cache."""
+    canvas = canvas_of("e...........")
+    stale, fresh = (
+        fill(denoiser(), canvas, block_length=6, cache=kind, order="left_to_right") for kind in ("dual", "off")
+    )
+    differences = [abs(a.confidences[0] - b.confidences[0]) for a, b in zip(stale, fresh, strict=True)]
+    assert differences[0] < 1e-9 and max(differences) > 1e-6
+
+
+def test_nothing_is_drawn_behind_an_end_of_text_nor_one_before_given_text() -> None:
+    texts = ["e..........." for _ in range(40)] + ["e.......0..2" for _ in range(40)]
+    final = fill(denoiser(), canvas_of(*texts), order="random", stop_id=EOT)[-1].canvas[:, 1:]
+    ended = 0
+    for row in final[:40].tolist():
+        if EOT in row:
+            ended += 1
+            assert MASK not in row[: row.index(EOT)]
+    assert ended > 10
+    assert (final[:40] == MASK).any(), "some rows have ended early"
+    assert not ((final[40:] == EOT) | (final[40:] == MASK)).any()
+
+
+def test_temperature_zero_takes_the_most_likely_token() -> None:
+    one = denoiser()
+    canvas = canvas_of("e1..........")
+    before = canvas
+    for step in fill(one, canvas, sampling=SamplingSpec(temperature=0)):
+        asked = torch.zeros_like(before, dtype=torch.bool)
+        asked[0, step.positions] = True
+        assert int(one.logits(before, asked)[0].argmax()) == step.tokens[0]
+        before = step.canvas
+
+
+def test_top_k_and_the_repetition_penalty_reach_the_canvas() -> None:
+    one = denoiser(gain=2.0)
+    canvas = canvas_of("e...........").expand(20, -1)
+    plain = fill(one, canvas)[-1].canvas
+    narrow = fill(one, canvas, sampling=SamplingSpec(top_k=1))[-1].canvas
+    assert len(set(map(tuple, narrow.tolist()))) == 1 < len(set(map(tuple, plain.tolist())))
+    penalized = fill(one, canvas_of("e0.........."), sampling=SamplingSpec(repetition_penalty=1e6, temperature=0))
+    assert penalized[0].tokens[0] != 0
+
+
+def test_orders_differ_in_more_than_name() -> None:
+    canvas = canvas_of("e...........")
+    paths = {order: [step.positions[0] for step in fill(denoiser(), canvas, order=order, seed=3)] for order in ORDERS}
+    assert paths["left_to_right"] == list(range(1, 12))
+    assert paths["random"] == paths["first_hitting"]  # one at a time they are the same thing
+    different = [paths[order] for order in ("confidence", "random", "left_to_right")]
+    assert all(a != b for a, b in itertools.combinations(different, 2))
