@@ -4,31 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from config.corpora import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
+from trainkit.data.splits import Split, split_of
 from trainkit.errors import UserError
 
-Split = Literal["train", "val"]
+SPLIT_RECIPE = 2
+"""Raise it when documents are held out in another way."""
 
 
 def open_documents(corpus: CorpusSpec, split: Split) -> Iterator[str]:
     """The documents of one split, in a fixed order, streamed. A split that the corpus does not have is empty."""
+    if not has_split(corpus, split):
+        return iter(())
     match corpus:
         case GrammarCorpusSpec():
             return _grammar_documents(corpus, split)
         case FilesCorpusSpec():
-            return _file_documents(corpus, split)
+            return _selected(_file_documents(corpus, split), corpus, split)
         case HubCorpusSpec():
-            return _hub_documents(corpus, split)
+            return _selected(_hub_documents(corpus, split), corpus, split)
+
+
+def has_split(corpus: CorpusSpec, split: Split) -> bool:
+    """Whether the corpus has documents of this split."""
+    match corpus:
+        case GrammarCorpusSpec():
+            return num_stories(corpus, split) > 0
+        case FilesCorpusSpec():
+            return bool(local_paths(corpus, split))
+        case HubCorpusSpec():
+            return bool(_hub_split(corpus, split))
 
 
 def fingerprint(corpus: CorpusSpec, split: Split) -> str:
     """A hash of what `open_documents` would give, made of the grammar or the content of local files and of the settings
-    that this split depends on: what concerns the other split only does not count."""
+    that this split depends on: what concerns the other splits only does not count. Of a hub data set it covers the
+    name and `revision` as they are set: to ask for the newest commit would take the network for what is made already.
+    """
     facts = {"kind": corpus.kind, "split": split, **_facts(corpus, split)}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -38,78 +55,100 @@ def _facts(corpus: CorpusSpec, split: Split) -> dict[str, Any]:
         case GrammarCorpusSpec():
             from transformerlm.corpus import stories
 
-            return {"grammar": stories.fingerprint(), "seed": corpus.seed, "stories": _num_stories(corpus, split)}
+            return {"grammar": stories.fingerprint(), "seed": corpus.seed, "stories": num_stories(corpus, split)}
         case FilesCorpusSpec():
             from trainkit.artifacts import sha256_file
             from trainkit.data.documents import list_files
 
             return {
                 # The name counts because it tells how to read the content.
-                "files": [(path.name, sha256_file(path)) for path in list_files(_paths(corpus, split))],
-                "text_field": corpus.text_field,
-                "held_out": 0.0 if corpus.val_paths else corpus.validation_fraction,
-                "limit": _limit(corpus, split),
+                "files": [(path.name, sha256_file(path)) for path in list_files(local_paths(corpus, split))],
+                **_selection(corpus, split),
             }
-        case HubCorpusSpec():  # what the hub holds under a name is not known without asking it
-            name = _hub_split(corpus, split)
+        case HubCorpusSpec():
             return {
-                "dataset": (corpus.dataset_name, name),
-                "text_field": corpus.text_field,
-                "limit": _limit(corpus, split),
+                "dataset": (corpus.dataset_name, corpus.dataset_config, corpus.revision, _hub_split(corpus, split)),
+                **_selection(corpus, split),
             }
 
 
-def _num_stories(corpus: GrammarCorpusSpec, split: Split) -> int:
-    return corpus.num_train_stories if split == "train" else corpus.num_val_stories
-
-
-def _limit(corpus: FilesCorpusSpec | HubCorpusSpec, split: Split) -> int | None:
-    """Documents to read at most; None = all."""
-    return (corpus.max_train_documents if split == "train" else corpus.max_val_documents) or None
-
-
-def _hub_split(corpus: HubCorpusSpec, split: Split) -> str:
-    return corpus.train_split if split == "train" else corpus.val_split
+def num_stories(corpus: GrammarCorpusSpec, split: Split) -> int:
+    return {"train": corpus.num_train_stories, "val": corpus.num_val_stories, "test": corpus.num_test_stories}[split]
 
 
 def _grammar_documents(corpus: GrammarCorpusSpec, split: Split) -> Iterator[str]:
     from transformerlm.corpus.stories import sample, split_seed
 
     seed = split_seed(corpus.seed, split)
-    return (sample(seed, index) for index in range(_num_stories(corpus, split)))
+    return (sample(seed, index) for index in range(num_stories(corpus, split)))
+
+
+# -- held-out documents ------------------------------------------------------------------------------------------------
+
+
+def _fractions(corpus: FilesCorpusSpec | HubCorpusSpec) -> Mapping[Split, float]:
+    """Shares of the training documents that are held out; files or a split of their own take their place."""
+    files = isinstance(corpus, FilesCorpusSpec)
+    return {
+        "val": 0.0 if files and corpus.val_paths else corpus.validation_fraction,
+        "test": 0.0 if files and corpus.test_paths else corpus.test_fraction,
+    }
+
+
+def _is_from_training(corpus: FilesCorpusSpec | HubCorpusSpec, split: Split) -> bool:
+    return split == "train" or _fractions(corpus)[split] > 0
+
+
+def _selected(documents: Iterator[str], corpus: FilesCorpusSpec | HubCorpusSpec, split: Split) -> Iterator[str]:
+    """The documents of this split among those of its files, as many of them as are wanted."""
+    fractions = _fractions(corpus)
+    if any(fractions.values()) and _is_from_training(corpus, split):
+        documents = (text for text in documents if split_of(text, fractions["val"], fractions["test"]) == split)
+    return islice(documents, _limit(corpus, split))
+
+
+def _selection(corpus: FilesCorpusSpec | HubCorpusSpec, split: Split) -> dict[str, Any]:
+    """What `_selected` depends on."""
+    held_out = {**_fractions(corpus), "recipe": SPLIT_RECIPE} if _is_from_training(corpus, split) else {}
+    return {"text_field": corpus.text_field, "held_out": held_out, "limit": _limit(corpus, split)}
+
+
+def _limit(corpus: FilesCorpusSpec | HubCorpusSpec, split: Split) -> int | None:
+    """Documents to read at most; None = all."""
+    limits = {"train": corpus.max_train_documents, "val": corpus.max_val_documents, "test": corpus.max_test_documents}
+    return limits[split] or None
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def local_paths(corpus: FilesCorpusSpec, split: Split) -> tuple[str, ...]:
+    """The files that a split comes from: its own, or the training files where a share of them is held out."""
+    if _is_from_training(corpus, split):
+        return corpus.train_paths
+    return corpus.val_paths if split == "val" else corpus.test_paths
 
 
 def _file_documents(corpus: FilesCorpusSpec, split: Split) -> Iterator[str]:
     from trainkit.data.documents import iterate_documents
 
-    documents: Iterable[str] = iterate_documents([Path(p) for p in _paths(corpus, split)], text_field=corpus.text_field)
-    if corpus.validation_fraction and not corpus.val_paths:
-        wanted = split == "val"
-        documents = (
-            text for index, text in enumerate(documents) if _is_held_out(index, corpus.validation_fraction) == wanted
-        )
-    return islice(documents, _limit(corpus, split))
+    return iterate_documents([Path(path) for path in local_paths(corpus, split)], text_field=corpus.text_field)
 
 
-def _paths(corpus: FilesCorpusSpec, split: Split) -> tuple[str, ...]:
-    """The files that a split comes from; without validation files the training files may hold both splits."""
-    if split == "train" or (corpus.validation_fraction and not corpus.val_paths):
-        return corpus.train_paths
-    return corpus.val_paths
+# -- hub ---------------------------------------------------------------------------------------------------------------
 
 
-def _is_held_out(index: int, fraction: float) -> bool:
-    """Decided by the document's number alone, so that a longer file keeps the split of its beginning."""
-    digest = hashlib.sha256(f"held out/{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") < fraction * 2**64
+def _hub_split(corpus: HubCorpusSpec, split: Split) -> str:
+    """The data set's split that one of ours comes from; empty where there is none."""
+    if _is_from_training(corpus, split):
+        return corpus.train_split
+    return corpus.val_split if split == "val" else corpus.test_split
 
 
 def _hub_documents(corpus: HubCorpusSpec, split: Split) -> Iterator[str]:
     name = _hub_split(corpus, split)
-    if not name:
-        return
     where, column = f"the data set {corpus.dataset_name!r}", corpus.text_field
-    for number, row in enumerate(islice(_hub_rows(corpus, name), _limit(corpus, split)), start=1):
+    for number, row in enumerate(_hub_rows(corpus, name), start=1):
         if column not in row:
             raise UserError(f"{where} has no column {column!r}; it has {', '.join(row)}")
         text = row[column]

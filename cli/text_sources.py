@@ -7,22 +7,25 @@ import re
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainkit.data.documents import SUFFIXES
+from trainkit.data.documents import SUFFIXES, open_local_documents
 from trainkit.data.specs import StreamDataSpec
 from trainkit.data.splits import Documents, Split, cut, first, iterate, joined, only
 from trainkit.errors import UserError
 
+if TYPE_CHECKING:
+    from trainkit.data.hub_files import Network
+
 DEFAULT_CACHE = "data/cache"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FILE_ENDINGS = (*SUFFIXES, ".parquet", ".json", ".gz")
 
 
 def is_local(name: str) -> bool:
     """Whether `dataset_name` means a file or folder: because it is there, or because it cannot be a hub data set."""
     if Path(name).expanduser().exists():
         return True
-    return name.endswith(_FILE_ENDINGS) or name.startswith(".") or not _HUB_NAME.fullmatch(name)
+    return name.endswith(SUFFIXES) or name.startswith(".") or not _HUB_NAME.fullmatch(name)
 
 
 def find_revision(spec: StreamDataSpec, recorded: str = "") -> str:
@@ -30,10 +33,9 @@ def find_revision(spec: StreamDataSpec, recorded: str = "") -> str:
     if is_local(spec.dataset_name):
         return ""
     from trainkit.data.hub import resolve_revision
-    from trainkit.data.hub_files import Network
 
     return recorded or resolve_revision(
-        spec.dataset_name, spec.revision, cache_dir=cache_directory(spec), network=Network(report=_report)
+        spec.dataset_name, spec.revision, cache_dir=cache_directory(spec), network=network()
     )
 
 
@@ -55,7 +57,7 @@ def held_out_texts(spec: StreamDataSpec, split: Split, revision: str) -> list[st
 
 def named_texts(spec: StreamDataSpec, where: str, revision: str) -> list[str]:
     """The first documents of another split of the same data set, or of a local file or folder."""
-    if "/" in where or where.endswith(_FILE_ENDINGS):
+    if "/" in where or where.endswith(SUFFIXES):
         return _first_texts(spec, _open_local(spec, [Path(where).expanduser()]))
     limit = _least(_limit(spec, spec.small_val_samples), 0 if spec.max_document_characters else spec.max_val_documents)
     return _first_texts(spec, _open(spec, where, revision, limit))
@@ -76,7 +78,6 @@ def _open(spec: StreamDataSpec, split: str, revision: str, limit: int) -> Docume
         local = _open_local(spec, _local_paths(Path(spec.dataset_name).expanduser(), split, spec))
         return first(local, limit) if limit else local
     from trainkit.data.hub import open_hub_documents
-    from trainkit.data.hub_files import Network
 
     return open_hub_documents(
         spec.dataset_name,
@@ -87,13 +88,11 @@ def _open(spec: StreamDataSpec, split: str, revision: str, limit: int) -> Docume
         cache_dir=cache_directory(spec),
         streaming=spec.streaming,
         max_documents=limit,
-        network=Network(report=_report),
+        network=network(),
     )
 
 
 def _open_local(spec: StreamDataSpec, paths: list[Path]) -> Documents:
-    from trainkit.data.streams import open_local_documents  # pyright: ignore[reportMissingImports]
-
     documents = joined([open_local_documents(path, text_field=spec.text_field) for path in paths])
     return cut(documents, spec.max_document_characters) if spec.max_document_characters else documents
 
@@ -117,7 +116,7 @@ def _local_paths(path: Path, split: str, spec: StreamDataSpec) -> list[Path]:
 def _is_named(entry: Path, wanted: Path) -> bool:
     """`train`, `train.jsonl`, `train-00000-of-00002.parquet`, but not `training.txt`."""
     rest = entry.name[len(wanted.name) :]
-    return rest == "" or (rest[0] in ".-_" and entry.name.endswith(_FILE_ENDINGS))
+    return rest == "" or (rest[0] in ".-_" and entry.name.endswith(SUFFIXES))
 
 
 def _of_split(spec: StreamDataSpec, documents: Documents, split: Split) -> Documents:
@@ -139,5 +138,8 @@ def _least(*limits: int) -> int:
     return min((limit for limit in limits if limit), default=0)
 
 
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def network() -> Network:
+    """Troubles of the network are told on the standard error."""
+    from trainkit.data.hub_files import Network
+
+    return Network(report=lambda line: print(line, file=sys.stderr, flush=True))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from cli import make_data, token_files
-from cli.corpora import fingerprint, open_documents
+from cli.corpora import Split, fingerprint, open_documents
 from cli.token_files import build_token_files, has_split
 from config.corpora import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
 from trainkit.data.megatron import IndexedTokens
@@ -201,24 +201,39 @@ def test_held_out_documents_are_not_trained_on(tmp_path: Path, tokenizer: Tokeni
     assert 10 < len(found["val"]) < 90
 
 
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SETTINGS: dict[type, dict[str, tuple[object, str]]] = {
-    GrammarCorpusSpec: {"num_train_stories": (3, "train"), "num_val_stories": (3, "val"), "seed": (3, "train val")},
+    GrammarCorpusSpec: {
+        "num_train_stories": (3, "train"),
+        "num_val_stories": (3, "val"),
+        "num_test_stories": (3, "test"),
+        "seed": (3, "train val test"),
+    },
     FilesCorpusSpec: {
         "train_paths": (("b.txt",), "train val"),
         "val_paths": (("b.txt",), "train val"),
-        "text_field": ("b", "train val"),
+        "test_paths": (("b.txt",), "test"),
+        "text_field": ("b", "train val test"),
         "validation_fraction": (0.3, "train val"),
+        "test_fraction": (0.3, "train val test"),
         "max_train_documents": (3, "train"),
         "max_val_documents": (3, "val"),
+        "max_test_documents": (3, "test"),
     },
     HubCorpusSpec: {
-        "dataset_name": ("b", "train val"),
+        "dataset_name": ("b", "train val test"),
+        "dataset_config": ("b", "train val test"),
+        "revision": ("b", "train val test"),
         "train_split": ("b", "train"),
         "val_split": ("b", "val"),
-        "text_field": ("b", "train val"),
+        "test_split": ("b", "test"),
+        "validation_fraction": (0.3, "train val"),
+        "test_fraction": (0.3, "train test"),
+        "text_field": ("b", "train val test"),
         "cache_dir": ("b", ""),
         "max_train_documents": (3, "train"),
         "max_val_documents": (3, "val"),
+        "max_test_documents": (3, "test"),
     },
 }
 """Each setting: another value, and the splits that it changes."""
@@ -243,7 +258,7 @@ def test_a_setting_changes_the_fingerprint_of_the_splits_that_depend_on_it(
     assert {"kind", *settings} == {field.name for field in dataclasses.fields(corpus)}
     for name, (value, splits) in settings.items():
         changed = dataclasses.replace(corpus, **{name: value})
-        found = [split for split in ("train", "val") if fingerprint(corpus, split) != fingerprint(changed, split)]
+        found = [split for split in SPLITS if fingerprint(corpus, split) != fingerprint(changed, split)]
         assert found == splits.split(), name
 
 
