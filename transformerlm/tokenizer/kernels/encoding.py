@@ -34,6 +34,7 @@ from transformerlm.tokenizer.kernels.machine import (
     as_number,
     copy_16_bytes,
     count_bits,
+    inner_kernel,
     kernel,
     load_byte,
     load_word,
@@ -87,14 +88,14 @@ OUTPUT_MARGIN = 64
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@inner_kernel
 def mixed(low: np.uint64, high: np.uint64) -> np.uint64:
     """A hash of a key; its high bits choose the slot."""
     value = low ^ high * MIX_2
     return (value ^ value >> HALF) * MIX_1
 
 
-@kernel
+@inner_kernel
 def short_key(place: int, length: int) -> tuple[np.uint64, np.uint64]:
     """The key of the `length` bytes at the address `place`, if that is up to `SHORT`; else one that no slot has."""
     if length <= 8:
@@ -106,7 +107,7 @@ def short_key(place: int, length: int) -> tuple[np.uint64, np.uint64]:
     return ZERO, LONG
 
 
-@kernel
+@inner_kernel
 def long_key(place: int, length: int) -> tuple[np.uint64, np.uint64]:
     value = as_mask(length) * MIX_1
     for offset in range(0, length - 7, 8):
@@ -119,7 +120,7 @@ def long_key(place: int, length: int) -> tuple[np.uint64, np.uint64]:
     return value, LONG | as_mask(length)
 
 
-@kernel
+@inner_kernel
 def equal_text(one: int, other: int, length: int) -> bool:
     for offset in range(0, length - 7, 8):
         if load_word(one + offset) != load_word(other + offset):
@@ -128,7 +129,7 @@ def equal_text(one: int, other: int, length: int) -> bool:
     return rest == 0 or (load_word(one + length - rest) ^ load_word(other + length - rest)) & low_bits(8 * rest) == ZERO
 
 
-@kernel
+@inner_kernel
 def find_slot(slots: Array, arena: int, low: np.uint64, high: np.uint64, place: int, length: int) -> int:
     """The number of the slot that holds the pre-token at `place`, or of the free slot where it belongs."""
     capacity = slots.shape[0]
@@ -173,7 +174,7 @@ def fill_pairs(lefts: Array, rights: Array, pairs: Array) -> None:
         pairs[number] = key << RANK_BITS | as_mask(rank)
 
 
-@kernel
+@inner_kernel
 def rank_of(pairs: Array, left: int, right: int) -> int:
     """The rank of the merge of two tokens; `NO_MERGE` if there is none."""
     mask = pairs.shape[0] - 1
@@ -186,7 +187,7 @@ def rank_of(pairs: Array, left: int, right: int) -> int:
     return NO_MERGE
 
 
-@kernel
+@inner_kernel
 def merge_by_search(
     place: int,
     length: int,
@@ -259,7 +260,7 @@ def merge_by_heap(place: int, length: int, pairs: Array, made: Array, tokens: Ar
     return count
 
 
-@kernel
+@inner_kernel
 def push(heap: Array, size: int, rank: int, position: int) -> int:
     if rank == NO_MERGE:
         return size
@@ -272,7 +273,7 @@ def push(heap: Array, size: int, rank: int, position: int) -> int:
     return size + 1
 
 
-@kernel
+@inner_kernel
 def pop(heap: Array, size: int) -> int:
     size -= 1
     item = heap[size]
@@ -292,7 +293,7 @@ def pop(heap: Array, size: int) -> int:
 # -- encoding ----------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@inner_kernel
 def prepare_batch(text: int, starts: Array, count: int, slots: Array, keys: Array) -> None:
     """The key and the address of the slot of each pre-token; and their cache lines are on the way."""
     shift = as_mask(64 - count_bits(as_mask(slots.shape[0] - 1)))
@@ -309,7 +310,7 @@ def prepare_batch(text: int, starts: Array, count: int, slots: Array, keys: Arra
         begin = end
 
 
-@kernel
+@inner_kernel
 def emit_known(keys: Array, index: int, count: int, target: int, size_shift: np.uint64) -> tuple[int, int]:
     """Write ids until a pre-token is not in the first slot where it may be; returns its index and the new target."""
     while index < count:
@@ -322,7 +323,7 @@ def emit_known(keys: Array, index: int, count: int, target: int, size_shift: np.
     return index, target
 
 
-@kernel
+@inner_kernel
 def write_ids(tokens: Array, count: int, id_of_token: Array, target: int, id_bytes: int) -> None:
     if id_bytes == 2:
         for index in range(count):
@@ -332,7 +333,7 @@ def write_ids(tokens: Array, count: int, id_of_token: Array, target: int, id_byt
             store_32(target + 4 * index, id_of_token[tokens[index]])
 
 
-@kernel
+@inner_kernel
 def copy_text(target: int, source: int, size: int) -> None:
     """Copy `size` bytes, and up to 7 more."""
     for offset in range(0, size, 8):

@@ -33,11 +33,24 @@ ONE = np.uint64(1)
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile on first use, keep the result on disk, and let go of the interpreter's lock while running."""
+    return _compiled(function)
+
+
+def inner_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that only kernels call, for each character or word: one that makes no arrays.
+
+    Numba counts references to the arrays that are arguments of a call, with atomic additions that cost more than most
+    of these functions do. `_nrt=False` leaves that out; `np.empty` is then refused.
+    """
+    return _compiled(function, _nrt=False)
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     # Numba asks where to keep it when a function is decorated; those of other packages keep their place.
     others = config.CACHE_DIR
     config.CACHE_DIR = str(cache_directory())
     try:
-        return njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")(function)
+        return njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", **options)(function)
     finally:
         config.CACHE_DIR = others
 
@@ -179,9 +192,9 @@ def low_bits(count: int) -> np.uint64:
 
 @intrinsic
 def classify_64_bytes(typing_context: Any, address: Any) -> Any:
-    """What the 64 bytes at `address` are, a bit for each: letters, digits, spaces, white space, apostrophes, not ASCII.
+    """What the 64 bytes at `address` are, a bit for each: letters, digits, spaces, white space, apostrophes, leads.
 
-    Only ASCII is told apart here: a byte of a longer character is in no class but the last.
+    Only ASCII is told apart here: of a longer character the first byte is one of the leads, the others are nothing.
     """
     result = types.UniTuple(types.uint64, 6)
 
@@ -202,8 +215,8 @@ def classify_64_bytes(typing_context: Any, address: Any) -> Any:
         spaces = within(text, " ", " ")
         white = builder.or_(spaces, within(text, "\t", "\r"))
         apostrophes = within(text, "'", "'")
-        wide = builder.bitcast(builder.icmp_signed("<", text, all_of(0)), _word)
-        return context.make_tuple(builder, result, [letters, digits, spaces, white, apostrophes, wide])
+        leads = builder.bitcast(builder.icmp_unsigned(">=", text, all_of(0xC2)), _word)
+        return context.make_tuple(builder, result, [letters, digits, spaces, white, apostrophes, leads])
 
     return result(types.int64), generate
 

@@ -9,7 +9,7 @@ This costs more per byte than the masks of `scan_gpt2`, but a small part of what
 
 from __future__ import annotations
 
-from transformerlm.tokenizer.kernels.machine import Array, kernel, load_byte
+from transformerlm.tokenizer.kernels.machine import Array, inner_kernel, load_byte
 from transformerlm.tokenizer.kernels.scanning import (
     BATCH,
     LETTER,
@@ -33,7 +33,7 @@ SLASH = ord("/")
 APOSTROPHE = ord("'")
 
 
-@kernel
+@inner_kernel
 def scan(pattern: int, text: int, start: int, end: int, classes: Array, starts: Array) -> int:
     """As `scan_gpt2`, by any of the patterns."""
     if pattern == GPT2:
@@ -51,7 +51,7 @@ def scan(pattern: int, text: int, start: int, end: int, classes: Array, starts: 
     return count + 1
 
 
-@kernel
+@inner_kernel
 def end_of_cl100k(text: int, place: int, end: int, classes: Array) -> int:
     size = contraction_of_any_case(text, place, end)
     if size:
@@ -75,7 +75,7 @@ def end_of_cl100k(text: int, place: int, end: int, classes: Array) -> int:
     return end_of_white(text, place, end, classes)
 
 
-@kernel
+@inner_kernel
 def end_of_o200k(text: int, place: int, end: int, classes: Array) -> int:
     kind, size = character(text + place, classes)
     if kind & NUMBER:
@@ -102,7 +102,7 @@ def end_of_o200k(text: int, place: int, end: int, classes: Array) -> int:
     return end_of_white(text, place, end, classes)
 
 
-@kernel
+@inner_kernel
 def end_of_lower_word(text: int, place: int, end: int, classes: Array) -> int:
     """Where `[capitals, others]*[small letters, others]+` ends; 0 if it does not match. Others: marks, other letters.
 
@@ -122,7 +122,7 @@ def end_of_lower_word(text: int, place: int, end: int, classes: Array) -> int:
     return last_other
 
 
-@kernel
+@inner_kernel
 def end_of_small(text: int, place: int, end: int, classes: Array) -> int:
     while place < end:
         kind, size = character(text + place, classes)
@@ -132,13 +132,13 @@ def end_of_small(text: int, place: int, end: int, classes: Array) -> int:
     return place
 
 
-@kernel
+@inner_kernel
 def is_other(kind: int) -> bool:
     """Whether it is a mark, or a letter without case."""
     return kind & MARK != 0 or kind & (LETTER | LOWER | UPPER) == LETTER
 
 
-@kernel
+@inner_kernel
 def end_of_run(text: int, place: int, end: int, classes: Array, flag: int) -> int:
     while place < end:
         kind, size = character(text + place, classes)
@@ -148,7 +148,7 @@ def end_of_run(text: int, place: int, end: int, classes: Array, flag: int) -> in
     return place
 
 
-@kernel
+@inner_kernel
 def end_of_numbers(text: int, place: int, end: int, classes: Array) -> int:
     for _ in range(3):
         if place < end:
@@ -158,7 +158,7 @@ def end_of_numbers(text: int, place: int, end: int, classes: Array) -> int:
     return place
 
 
-@kernel
+@inner_kernel
 def end_of_symbols(text: int, place: int, end: int, classes: Array) -> int:
     """Where ` ?[^\\\\s\\\\p{L}\\\\p{N}]+` ends; 0 if it does not match."""
     if load_byte(text + place) == SPACE:
@@ -172,7 +172,7 @@ def end_of_symbols(text: int, place: int, end: int, classes: Array) -> int:
     return place if place > begin else 0
 
 
-@kernel
+@inner_kernel
 def end_of_white(text: int, place: int, end: int, classes: Array) -> int:
     """Where `\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+` ends."""
     begin = last = place
@@ -190,13 +190,13 @@ def end_of_white(text: int, place: int, end: int, classes: Array) -> int:
     return place if place == end or last == begin else last
 
 
-@kernel
+@inner_kernel
 def is_line_end(text: int, place: int) -> bool:
     byte = load_byte(text + place)
     return byte in (LINE_FEED, CARRIAGE_RETURN)
 
 
-@kernel
+@inner_kernel
 def contraction_of_any_case(text: int, place: int, end: int) -> int:
     """The length of 's, 'd, 'm, 't, 'll, 've or 're at `place`, large or small; 0 if there is none."""
     if place + 1 >= end or load_byte(text + place) != APOSTROPHE:

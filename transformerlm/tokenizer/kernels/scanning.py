@@ -27,12 +27,14 @@ from transformerlm.tokenizer.kernels.machine import (
     ONE,
     ZERO,
     Array,
+    as_number,
     bit,
     classify_64_bytes,
     count_bits,
     highest_bit,
-    kernel,
+    inner_kernel,
     load_byte,
+    load_word,
     low_bits,
     lowest_bit,
 )
@@ -54,7 +56,7 @@ TWO = np.uint64(2)
 THREE = np.uint64(3)
 
 
-@kernel
+@inner_kernel
 def scan_gpt2(text: int, start: int, end: int, classes: Array, starts: Array) -> int:
     """Write the starts of the pre-tokens from `start` on, and return how many; the last one ends the one before it.
 
@@ -66,13 +68,13 @@ def scan_gpt2(text: int, start: int, end: int, classes: Array, starts: Array) ->
     # Of the byte before `base`, in bit 0. Nothing counts before the start.
     after_letter = after_number = after_other = after_space = after_white = ZERO
     while base < end and (base - start < BATCH or count < 2):
-        letters, numbers, spaces, white, apostrophes, wide = classify_64_bytes(text + base)
+        letters, numbers, spaces, white, apostrophes, leads = classify_64_bytes(text + base)
         white_1, white_2, white_3, inner = white, ZERO, ZERO, ZERO  # white characters by length, at their first byte
-        while wide != ZERO:
-            place = lowest_bit(wide)
+        while leads != ZERO:
+            place = lowest_bit(leads)
+            leads &= leads - ONE
             kind, size = character(text + base + place, classes)
             bits = low_bits(size) << np.uint64(place)
-            wide &= ~bits
             inner |= bits & (bits - ONE)
             if kind & LETTER:
                 letters |= bits
@@ -130,7 +132,7 @@ def scan_gpt2(text: int, start: int, end: int, classes: Array, starts: Array) ->
     return count
 
 
-@kernel
+@inner_kernel
 def write_places(found: np.uint64, base: int, starts: Array, count: int) -> int:
     """Append `base` + the number of each set bit to `starts`."""
     total = count_bits(found)
@@ -148,7 +150,7 @@ def write_places(found: np.uint64, base: int, starts: Array, count: int) -> int:
     return count + total
 
 
-@kernel
+@inner_kernel
 def contraction(text: int, place: int, end: int) -> int:
     """The length of 's, 'd, 'm, 't, 'll, 've or 're at `place`, where an apostrophe stands; 0 if it is none."""
     first = load_byte(text + place + 1)
@@ -163,24 +165,25 @@ def contraction(text: int, place: int, end: int) -> int:
     return 0
 
 
-@kernel
+@inner_kernel
 def character(place: int, classes: Array) -> tuple[int, int]:
     """What the character at the address `place` is, and how many bytes it has.
 
     A byte that is no valid UTF-8 is a character of its own and of no class.
     """
-    first = load_byte(place)
-    if first < 0x80:
-        return classes[first], 1
-    second = load_byte(place + 1)
-    if 0xC2 <= first < 0xE0 and second & 0xC0 == 0x80:
-        return classes[(first & 0x1F) << 6 | second & 0x3F], 2
-    third = load_byte(place + 2)
-    if 0xE0 <= first < 0xF0 and second & 0xC0 == 0x80 and third & 0xC0 == 0x80:
-        code = (first & 0x0F) << 12 | (second & 0x3F) << 6 | third & 0x3F
-        return (classes[code], 3) if code >= 0x800 and not 0xD800 <= code < 0xE000 else (0, 1)
-    fourth = load_byte(place + 3)
-    if 0xF0 <= first < 0xF5 and second & 0xC0 == 0x80 and third & 0xC0 == 0x80 and fourth & 0xC0 == 0x80:
-        code = (first & 0x07) << 18 | (second & 0x3F) << 12 | (third & 0x3F) << 6 | fourth & 0x3F
-        return (classes[code], 4) if 0x10000 <= code < 0x110000 else (0, 1)
+    word = as_number(load_word(place))  # the first byte is the lowest
+    if word & 0x80 == 0:
+        return classes[word & 0x7F], 1
+    if word & 0xC0E0 == 0x80C0:
+        code = (word & 0x1F) << 6 | word >> 8 & 0x3F
+        if code >= 0x80:
+            return classes[code], 2
+    elif word & 0xC0C0F0 == 0x8080E0:
+        code = (word & 0x0F) << 12 | (word >> 8 & 0x3F) << 6 | word >> 16 & 0x3F
+        if code >= 0x800 and not 0xD800 <= code < 0xE000:
+            return classes[code], 3
+    elif word & 0xC0C0C0F8 == 0x808080F0:
+        code = (word & 0x07) << 18 | (word >> 8 & 0x3F) << 12 | (word >> 16 & 0x3F) << 6 | word >> 24 & 0x3F
+        if 0x10000 <= code < 0x110000:
+            return classes[code], 4
     return 0, 1

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from transformerlm.tokenizer.kernels.machine import ONE, ZERO, Array, equal_bytes, kernel, load_byte, lowest_bit
+from transformerlm.tokenizer.kernels.machine import (
+    ONE,
+    ZERO,
+    Array,
+    equal_bytes,
+    inner_kernel,
+    kernel,
+    load_byte,
+    lowest_bit,
+)
 
 
 @kernel
@@ -47,7 +56,7 @@ def find_special(
     return count, place
 
 
-@kernel
+@inner_kernel
 def name_at(text: int, begin: int, size: int, names: Array, name_ends: Array) -> int:
     """The number of the name at `begin`; -1 if there is none."""
     for number in range(name_ends.shape[0] - 1):
