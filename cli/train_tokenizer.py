@@ -28,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(loaded: Loaded[TrainTokenizerConfig], arguments: argparse.Namespace) -> None:
     from cli.corpora import open_documents
+    from transformerlm.tokenizer.trainer import wanted_merges
 
     config = loaded.config
+    wanted_merges(config.tokenizer)  # refuses settings that cannot be met, before anything is made
     directory = Path(config.output.dir)
     check_output(directory, replace=arguments.force)
     tokenizer, about = train_on_documents(open_documents(config.corpus, "train"), config.tokenizer)
@@ -39,6 +41,9 @@ def run(loaded: Loaded[TrainTokenizerConfig], arguments: argparse.Namespace) -> 
         f"{directory}: {tokenizer.vocab_size:,} ids ({len(tokenizer.vocabulary.merges):,} merges) from "
         f"{corpus['documents']:,} documents ({corpus['bytes'] / 1e6:,.1f} MB) in {about['seconds']:.1f} s"
     )
+    if tokenizer.vocab_size < config.tokenizer.vocab_size:
+        wanted = f"tokenizer.vocab_size = {config.tokenizer.vocab_size:,}"
+        print(f"{wanted} is not reached: the corpus yields no more than {len(tokenizer.vocabulary.merges):,} merges")
     if about["dropped_words"]:
         share = f"{about['dropped_words']:,} occurrences of rare words were left out"
         print(f"max_words = {config.tokenizer.max_words:,} words were kept at most; {share}")

@@ -87,8 +87,16 @@ def test_an_interruption_leaves_nothing(
         ("", [], 1, "holds no document"),
         ('{"text": ""}\n', [], 1, "the corpus for the tokenizer is empty"),
         ('{"text": "abc"}\n', [], 1, "yields only 2 of 71 merges"),
-        (None, ["tokenizer.vocab_size=258"], 1, "at least 259"),
-        (None, ["tokenizer.vocab_size=5"], 2, "tokenizer.vocab_size"),
+        ('{"story": "abc"}\n', [], 1, "text_field"),
+        (
+            None,
+            ["tokenizer.vocab_size=258"],
+            2,
+            "tokenizer.vocab_size = 258 is too small: 256 bytes and 3 special",
+        ),
+        (None, ["tokenizer.vocab_size=5"], 2, "tokenizer.vocab_size = 5 is too small"),
+        (None, ["tokenizer.vocab_size=-1", "output.dir=/proc/nowhere/tokenizer"], 2, "tokenizer.vocab_size = -1"),
+        (None, ['tokenizer.special_tokens=["<s>", "<s>"]'], 2, "tokenizer.special_tokens: "),
         (None, ["output.dir=/proc/nowhere/tokenizer"], 1, "cannot create"),
         (None, ['corpus.train_paths=["missing.txt"]'], 1, "missing.txt does not exist"),
     ],
@@ -111,6 +119,17 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert output.err.count("\n") == 1
     assert output.out == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_smaller_vocabulary_is_written_when_it_is_allowed(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus.write_text('{"text": "abc"}\n')
+    assert run(corpus, tmp_path / "tokenizer", "tokenizer.allow_smaller=true") == 0
+    summary, smaller, _ = capsys.readouterr().out.splitlines()
+    assert "261 ids (2 merges)" in summary
+    assert "no more than 2 merges" in smaller
+    assert Tokenizer.load(tmp_path / "tokenizer").vocab_size == 261
 
 
 def test_long_work_shows_progress_on_a_terminal_only(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.tokenizer.conftest import STORY
 from tests.tokenizer.oracles import any_text, fuzz, naive_merges
-from trainkit.errors import UserError
+from trainkit.errors import EXIT_USAGE, UserError
 from transformerlm.tokenizer.specs import TokenizerTrainingSpec
 from transformerlm.tokenizer.trainer import count_words, learn_merges, train_tokenizer
 
@@ -115,8 +115,17 @@ class TestBadInput:
                 train_tokenizer(texts, TokenizerTrainingSpec(vocab_size=300))
 
     def test_vocabulary_too_small(self) -> None:
-        with pytest.raises(UserError, match=r"vocab_size = 258 is too small.* at least 259"):
+        with pytest.raises(UserError, match=r"tokenizer.vocab_size = 258 is too small.* at least 259") as caught:
             train_tokenizer(["text"], TokenizerTrainingSpec(vocab_size=258))
+        assert caught.value.exit_code == EXIT_USAGE
+
+    def test_the_smallest_vocabulary(self) -> None:
+        for names in ((), ("<s>",), ("<s>", "</s>")):
+            size = 256 + len(names)
+            spec = TokenizerTrainingSpec(vocab_size=size, special_tokens=names)
+            assert train_tokenizer(["text"], spec).vocab_size == size
+            with pytest.raises(UserError, match=f"at least {size}"):
+                train_tokenizer(["text"], TokenizerTrainingSpec(vocab_size=size - 1, special_tokens=names))
 
     def test_a_bad_setting_is_refused_before_the_text_is_read(self) -> None:
         def unread() -> Iterator[str]:
@@ -128,7 +137,7 @@ class TestBadInput:
 
     def test_too_few_merges(self) -> None:
         spec = TokenizerTrainingSpec(vocab_size=300)
-        with pytest.raises(UserError, match=r"only 3 of 41 merges; .* vocab_size = 262, or allow_smaller"):
+        with pytest.raises(UserError, match=r"only 3 of 41 merges; .* tokenizer.vocab_size = 262, or .*allow_smaller"):
             train_tokenizer(["abcd"], spec)
         smaller = train_tokenizer(["abcd"], TokenizerTrainingSpec(vocab_size=300, allow_smaller=True))
         assert smaller.vocab_size == 262 == smaller.mask_id + 1
@@ -140,5 +149,6 @@ class TestBadInput:
         [(("",), "is empty"), (("<s>", "<s>"), "listed twice"), (("x",), "single byte"), (("\ud800x",), "Unicode")],
     )
     def test_special_tokens(self, names: tuple[str, ...], message: str) -> None:
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=f"tokenizer.special_tokens: .*{message}") as caught:
             train_tokenizer(["text"], TokenizerTrainingSpec(vocab_size=300, special_tokens=names))
+        assert caught.value.exit_code == EXIT_USAGE

@@ -173,7 +173,9 @@ def _rows(file: Path, text_field: str, start: int) -> Iterator[str]:
             raise UserError(f"{file} line {number} is not valid JSON ({error.msg}); repair or remove it") from error
         if not isinstance(row, dict) or text_field not in row:
             fields = f"; it has {', '.join(map(str, cast(dict[str, object], row)))}" if isinstance(row, dict) else ""
-            raise UserError(f"{file} line {number} has no field '{text_field}'{fields}: name the field of the text")
+            raise UserError(
+                f"{file} line {number} has no field '{text_field}'{fields}: set text_field to the right one"
+            )
         text = cast(dict[str, object], row)[text_field]
         if not isinstance(text, str):
             raise UserError(f"{file} line {number}: the field '{text_field}' is {type(text).__name__}, not a string")
@@ -201,7 +203,9 @@ def _parquet_rows(file: Path, text_field: str, start: int) -> Iterator[str]:
         with pq.ParquetFile(file) as table:
             if text_field not in table.schema_arrow.names:
                 columns = ", ".join(table.schema_arrow.names)
-                raise UserError(f"{file} has no column '{text_field}'; it has {columns}: name the column of the text")
+                raise UserError(
+                    f"{file} has no column '{text_field}'; it has {columns}: set text_field to the right one"
+                )
             row = 0
             for group in range(table.num_row_groups):
                 end = row + table.metadata.row_group(group).num_rows

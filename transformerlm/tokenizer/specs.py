@@ -18,8 +18,8 @@ PatternName = Literal["gpt2", "cl100k", "o200k"]
 class TokenizerTrainingSpec:
     """What a byte-level BPE vocabulary is made of."""
 
-    vocab_size: Annotated[int, Ge(257)] = 8192
-    """Number of ids in all: 256 bytes, the merges, and the special tokens."""
+    vocab_size: int = 8192
+    """Number of ids in all: 256 bytes, the merges, and the special tokens. At least 256 + the special tokens."""
     special_tokens: tuple[str, ...] = (END_OF_TEXT, PAD, MASK)
     """Atomic tokens, never merged with text; they take the last ids in this order."""
     pattern: PatternName = "gpt2"

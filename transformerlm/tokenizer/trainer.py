@@ -15,7 +15,7 @@ from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from trainkit.errors import UserError
+from trainkit.errors import EXIT_USAGE, UserError
 from transformerlm.tokenizer import readiness
 from transformerlm.tokenizer.pretokenizer import as_text, pretokenize, to_bytes
 from transformerlm.tokenizer.special_tokens import SpecialTokens, split_special
@@ -58,8 +58,8 @@ def train_tokenizer(
     if len(merges) < num_merges and not spec.allow_smaller:
         reached = spec.vocab_size - num_merges + len(merges)
         raise UserError(
-            f"the corpus yields only {len(merges)} of {num_merges} merges; give more text, or vocab_size = {reached}, "
-            "or allow_smaller = true"
+            f"the corpus yields only {len(merges)} of {num_merges} merges; give more text, "
+            f"or set tokenizer.vocab_size = {reached}, or tokenizer.allow_smaller = true"
         )
     return Tokenizer(trained_vocabulary(merges, spec.special_tokens, spec.pattern))
 
@@ -94,12 +94,16 @@ def _count_and_learn(
 
 def wanted_merges(spec: TokenizerTrainingSpec) -> int:
     """How many merges fill the vocabulary; raises `UserError` on settings that cannot be met."""
-    check_special_tokens(spec.special_tokens, "tokenizer settings")
+    try:
+        check_special_tokens(spec.special_tokens, "tokenizer.special_tokens")
+    except UserError as error:
+        raise UserError(str(error), EXIT_USAGE) from error
     smallest = len(BYTES) + len(spec.special_tokens)
     if spec.vocab_size < smallest:
         raise UserError(
-            f"vocab_size = {spec.vocab_size} is too small: 256 bytes and {len(spec.special_tokens)} special tokens "
-            f"need at least {smallest}"
+            f"tokenizer.vocab_size = {spec.vocab_size} is too small: 256 bytes and {len(spec.special_tokens)} special "
+            f"tokens need at least {smallest}",
+            EXIT_USAGE,
         )
     return spec.vocab_size - smallest
 
