@@ -23,7 +23,8 @@ from profiling import nvtx
 from trainkit.averaging import averaged_weights, start_average, update_average
 from trainkit.checkpoint_writer import CheckpointWriter
 from trainkit.checkpoints import CheckpointStore, Snapshot, load_model_tensors, model_tensors, non_finite_tensors
-from trainkit.distribution import StopVote, World, any_rank, gather_over_ranks
+from trainkit.disk_space import check_disk_space, estimate_checkpoint_bytes
+from trainkit.distribution import StopVote, World, any_rank, gather_over_ranks, main_first
 from trainkit.errors import EXIT_USAGE, UserError
 from trainkit.meter import Meter, Totals, means
 from trainkit.optimizers import (
@@ -355,11 +356,19 @@ def _evaluation_mode(state: _State) -> Generator[None]:
 @contextmanager
 def _writing(run: Run, state: _State) -> Generator[None]:
     """Within the block `state.writer` saves in the background; when it ends, all is on the disk."""
-    if run.checkpoints is None or not run.world.is_main:
+    store = run.checkpoints
+    if store is None:
+        yield
+        return
+    size = estimate_checkpoint_bytes(state.replica.module, state.average)
+    warning = main_first(lambda: check_disk_space(store, size), run.world)
+    if warning:
+        run.log.message(warning)
+    if not run.world.is_main:
         yield
         return
     try:
-        with CheckpointWriter(run.checkpoints) as state.writer:
+        with CheckpointWriter(store) as state.writer:
             yield
     finally:
         _tell(run, state)

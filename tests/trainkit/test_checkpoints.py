@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import resource
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from trainkit import checkpoints
 from trainkit.checkpoints import (
     CheckpointStore,
     Snapshot,
@@ -18,6 +20,7 @@ from trainkit.checkpoints import (
     load_model_tensors,
     load_snapshot,
     model_tensors,
+    non_finite_tensors,
     save_checkpoint,
 )
 from trainkit.errors import UserError
@@ -49,7 +52,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     path = save_checkpoint(store(tmp_path), snapshot(420))
     assert path.name == "step-00000420"
     found, wanted = load_snapshot(path), snapshot(420)
-    assert found.trainer | {"format": 1} == wanted.trainer | {"format": 1}
+    assert found.trainer == wanted.trainer | {"format": 2}
     for part in ("model", "optimizer", "average"):
         a, b = getattr(found, part), getattr(wanted, part)
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -79,29 +82,70 @@ def test_the_newest_intact_one_is_found_past_damage(tmp_path: Path) -> None:
     assert "trainer.json" in messages[0] and "manifest.json" in messages[1]
 
 
-def test_random_corruption_is_always_detected(tmp_path: Path) -> None:
-    """Flip, cut or delete anywhere in any file: never loaded silently."""
-    draw = random.Random(1)
-    messages: list[str] = []
+def damaged(content: bytes, draw: random.Random) -> bytes | None:
+    """Other content, or `None` for a file that is gone."""
+    at = draw.randrange(len(content))
+    match draw.choice(["flip", "flip", "overwrite", "cut", "append", "empty", "delete"]):
+        case "flip":
+            return content[:at] + bytes([content[at] ^ (1 << draw.randrange(8))]) + content[at + 1 :]
+        case "overwrite":
+            return content[:at] + draw.randbytes(draw.randint(1, 64)) + content[at + 64 :]
+        case "cut":
+            return content[:at]
+        case "append":
+            return content + draw.randbytes(draw.randint(1, 8))
+        case "empty":
+            return b""
+        case _:
+            return None
+
+
+def test_a_thousand_corruptions_are_detected_and_the_one_before_is_used(tmp_path: Path) -> None:
+    """Anywhere in any file, the manifest included: never loaded silently, and named."""
+    draw, messages = random.Random(1), list[str]()
     place = store(tmp_path, messages)
-    path = save_checkpoint(place, snapshot(7))
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    for _ in range(150):
+    before, newest = save_checkpoint(place, snapshot(6)), save_checkpoint(place, snapshot(7))
+    files = sorted(p for p in newest.rglob("*") if p.is_file())
+    assert len(files) == 7
+    for number in range(1000):
         file = draw.choice(files)
         content = file.read_bytes()
-        at = draw.randrange(len(content))
-        match draw.choice(["flip", "cut", "delete"]):
-            case "flip":
-                file.write_bytes(content[:at] + bytes([content[at] ^ (1 << draw.randrange(8))]) + content[at + 1 :])
-            case "cut":
-                file.write_bytes(content[:at])
-            case _:
-                file.unlink()
-        found = find_newest_intact(place)
-        # A flip inside the manifest may leave it meaning the same (a space turned into another); all else is refused.
-        assert found is None or (file.name == "manifest.json" and load_snapshot(found).trainer["step"] == 7)
+        while (damage := damaged(content, draw)) == content:
+            pass
+        file.unlink() if damage is None else file.write_bytes(damage)
+        messages.clear()
+        assert find_newest_intact(place) == before, (number, file)
+        assert len(messages) == 1 and str(newest) in messages[0]
         file.write_bytes(content)
-        assert find_newest_intact(place) == path
+    assert find_newest_intact(place) == newest
+
+
+def test_a_format_that_is_not_ours_is_one_sentence(tmp_path: Path) -> None:
+    path = save_checkpoint(store(tmp_path), snapshot(3))
+    (path / "trainer.json").write_text('{"format": 1, "step": 3}')
+    with pytest.raises(UserError, match=r"format 1 and this version resumes from format 2: go on with"):
+        load_snapshot(path)
+
+
+def test_a_large_optimizer_is_cut_between_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "SHARD_BYTES", 1000)
+    names = [f"layer.{i}.weight" for i in range(9)]
+    state = {f"{name}/{key}": torch.randn(10, 6) for name in names for key in ("exp_avg", "exp_avg_sq")}
+    path = save_checkpoint(store(tmp_path), Snapshot({"step": 1}, {"a": torch.zeros(1)}, state))
+    index = json.loads((path / "optimizer.index.json").read_text())
+    assert set(index.values()) == {f"optimizer-{i:05d}.safetensors" for i in range(5)}
+    assert all(index[f"{name}/exp_avg"] == index[f"{name}/exp_avg_sq"] for name in names)
+    found = load_snapshot(path).optimizer
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_numbers_that_are_not_finite_are_found_in_any_part() -> None:
+    whole = snapshot(1)
+    assert non_finite_tensors(whole) == []
+    whole.model["b"][3] = torch.inf
+    whole.optimizer["a.weight/exp_avg"][2, 1] = torch.nan
+    whole.average["large"] = torch.full((8,), 3e38)  # whose sum would overflow
+    assert non_finite_tensors(whole) == ["model/b", "optimizer/a.weight/exp_avg"]
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
