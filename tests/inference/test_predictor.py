@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from tests.models.checkpoints import model, tokenizer, write_checkpoint
 from trainkit.errors import EXIT_USAGE, UserError
 from transformerlm.inference.generation import generate
 from transformerlm.inference.predictor import Predictor
-from transformerlm.inference.specs import SamplingSpec
+from transformerlm.inference.specs import DenoisingSpec, SamplingSpec
+from transformerlm.models.specs import Reading
+from transformerlm.tokenizer.text_ids import checked_mask_id
+from transformerlm.tokenizer.tokenizer import Tokenizer
 from transformerlm.utils.dtypes import resolve_device, resolve_dtype
 
 
@@ -31,11 +36,11 @@ def test_pieces_join_to_the_text_and_a_batch_gives_the_same(predictor: Predictor
 
 def test_the_total_length_counts_prompt_and_continuation(predictor: Predictor) -> None:
     ids = tokenizer().encode("the cat sat").tolist()
-    banned = predictor._banned
+    banned = predictor._without_text
     steps = list(generate(predictor.model, [[tokenizer().eot_id, *ids]], max_new_tokens=30 - len(ids), banned=banned))
     expected = tokenizer().decode([token for [token] in steps if token is not None])
     assert predictor.generate("the cat sat", total_length=30, stop_at_eot=False) == expected
-    longest = list(predictor._steps(["the cat sat"], 0, SamplingSpec(), 0, stop_at_eot=False))
+    longest = list(predictor._continuations(["the cat sat"], 0, SamplingSpec(), 0, stop_at_eot=False))
     assert len(longest) == predictor.model.spec.context_length - len(ids)
 
 
@@ -56,7 +61,7 @@ def test_a_text_stops_where_the_model_ends_it(predictor: Predictor) -> None:
     ("prompt", "total_length", "message"),
     [
         ("the cat", 49, "total_length .49. exceeds the model's context of 48"),
-        ("q" * 48, 0, "the prompt has 48 tokens and the model's context 48"),
+        ("q" * 48, 0, "the prompt has 48 tokens and fills the model's context of 48"),
         ("q" * 30, 30, "total_length .30. must be larger than the prompt's 30 tokens"),
     ],
 )
@@ -90,3 +95,66 @@ def test_names_of_types_and_devices() -> None:
         resolve_device("meta")
     with pytest.raises(UserError, match="unknown"):
         resolve_device("quantum")
+
+
+@pytest.fixture(scope="module")
+def dual() -> Predictor:
+    return Predictor(model(), tokenizer(), Reading(modes=("ar", "diffusion")))
+
+
+def test_a_canvas_is_filled_between_prompt_and_suffix(dual: Predictor) -> None:
+    text = dual.generate("the cat", suffix=" the mat", mode="diffusion", total_length=30, seed=3)
+    *_, last = dual.denoise(["the cat"], suffix=" the mat", total_length=30, seed=3)
+    tokens = tokenizer()
+    assert last.canvas.shape == (1, 31)
+    start, end = tokens.encode("the cat").tolist(), tokens.encode(" the mat").tolist()
+    row = last.canvas[0].tolist()
+    assert row[: 1 + len(start)] == [tokens.eot_id, *start] and row[-len(end) :] == end
+    assert tokens.decode(row[1:]) == "the cat" + text + " the mat"
+
+
+def test_a_diffusion_batch_is_its_texts_and_stops_where_the_model_ends_them(dual: Predictor) -> None:
+    prompts = ["the cat", "", "the dog ate"]
+    batch = dual.generate_batch(prompts, mode="diffusion", total_length=40, seed=5)
+    assert dual.generate("the cat", mode="diffusion", total_length=40, seed=5) == batch[0]
+    assert not any("<|" in text for text in batch)
+    short = dual.generate_batch(["the"] * 30, mode="diffusion", sampling=SamplingSpec(temperature=5.0))
+    assert len({len(text) for text in short}) > 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "diffusion"}, "trained for ar"),
+        ({"suffix": "the mat"}, "cannot look ahead"),
+    ],
+)
+def test_an_autoregressive_model_is_not_asked_for_diffusion(
+    predictor: Predictor, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        predictor.generate("the cat", **settings)
+    assert error.value.exit_code == EXIT_USAGE
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ("the", {"mode": "ar"}, "trained for diffusion"),
+        ("", {"denoising": DenoisingSpec(guidance=1.0)}, "the prompt is empty"),
+        ("the", {"denoising": DenoisingSpec(block_length=5)}, "trained in blocks of 4"),
+        ("the", {"total_length": 48}, "context of 48 tokens, one of which begins it"),
+        ("the", {"total_length": 2, "suffix": "the"}, "must be larger than the prompt's"),
+    ],
+)
+def test_what_a_block_diffusion_model_cannot_do(prompt: str, settings: dict[str, Any], message: str) -> None:
+    blocks = Predictor(model(), tokenizer(), Reading(modes=("diffusion",), alignment="in_place", block_size=4))
+    with pytest.raises(UserError, match=message):
+        blocks.generate(prompt, **settings)
+
+
+def test_a_mask_that_is_another_token_too_is_refused() -> None:
+    shared = tokenizer().vocabulary
+    specials = {**shared.special_tokens, "<|mask|>": shared.special_tokens["<|endoftext|>"]}
+    with pytest.raises(UserError, match="the same id"):
+        checked_mask_id(Tokenizer(replace(shared, special_tokens=specials)))

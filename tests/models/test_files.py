@@ -32,7 +32,9 @@ def test_the_description_says_what_a_reader_must_know() -> None:
     description = model_json(SPEC, vocab_size=280)
     assert description | {"spec": None} == {
         "kind": "transformer",
+        "modes": ["ar"],
         "alignment": "shifted",
+        "block_size": 0,
         "vocab_size": 280,
         "padded_vocab_size": 384,
         "spec": None,

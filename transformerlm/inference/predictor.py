@@ -7,26 +7,41 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from trainkit.errors import EXIT_USAGE, UserError
+from transformerlm.inference.denoising import Denoiser
+from transformerlm.inference.diffusion import Step, denoise
 from transformerlm.inference.generation import generate
-from transformerlm.inference.specs import DEFAULT_SAMPLING, PrecisionName, SamplingSpec, WeightsName
+from transformerlm.inference.specs import (
+    DEFAULT_DENOISING,
+    DEFAULT_SAMPLING,
+    DenoisingSpec,
+    ModeName,
+    PrecisionName,
+    SamplingSpec,
+    WeightsName,
+)
 from transformerlm.models.files import load_checkpoint
+from transformerlm.models.specs import AUTOREGRESSIVE, Mode, Reading
 from transformerlm.models.transformer import Transformer
+from transformerlm.tokenizer.text_ids import checked_mask_id, ids_without_text
 from transformerlm.tokenizer.tokenizer import Tokenizer
 from transformerlm.utils.dtypes import resolve_device, resolve_dtype
 
 
 class Predictor:
-    """Continues texts.
+    """Continues texts, or with a diffusion model fills them in.
 
-    `total_length` counts the tokens of prompt and continuation together; 0 is the model's context length. A text that
-    the model ends itself is shorter. Special tokens in a prompt are plain characters.
+    `total_length` counts the tokens of prompt, new text and suffix together; 0 is all that the model's context holds. A
+    text that the model ends itself is shorter. Special tokens in a prompt are plain characters. `mode` chooses how to
+    write where the model knows both ways; `auto` is the one that it was trained for, next tokens when both.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, reading: Reading = AUTOREGRESSIVE) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.reading = reading
 
     @classmethod
     def from_checkpoint(
@@ -39,21 +54,65 @@ class Predictor:
     ) -> Predictor:
         """From a step folder, a run folder, or `…/checkpoints/best` or `latest`."""
         checkpoint = load_checkpoint(path, weights=weights, device=resolve_device(device))
-        return cls(checkpoint.model.to(resolve_dtype(precision)), checkpoint.tokenizer)
+        return cls(checkpoint.model.to(resolve_dtype(precision)), checkpoint.tokenizer, checkpoint.reading)
 
     def generate(
         self,
         prompt: str = "",
         *,
+        suffix: str = "",
         total_length: int = 0,
+        mode: ModeName = "auto",
         sampling: SamplingSpec = DEFAULT_SAMPLING,
+        denoising: DenoisingSpec = DEFAULT_DENOISING,
         seed: int = 0,
         stop_at_eot: bool = True,
     ) -> str:
-        """The continuation, without the prompt."""
-        return "".join(
-            self.stream(prompt, total_length=total_length, sampling=sampling, seed=seed, stop_at_eot=stop_at_eot)
+        """The new text: after the prompt, and with a `suffix` (diffusion only) between the two."""
+        [text] = self.generate_batch(
+            [prompt],
+            suffix=suffix,
+            total_length=total_length,
+            mode=mode,
+            sampling=sampling,
+            denoising=denoising,
+            seed=seed,
+            stop_at_eot=stop_at_eot,
         )
+        return text
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        suffix: str = "",
+        total_length: int = 0,
+        mode: ModeName = "auto",
+        sampling: SamplingSpec = DEFAULT_SAMPLING,
+        denoising: DenoisingSpec = DEFAULT_DENOISING,
+        seed: int = 0,
+        stop_at_eot: bool = True,
+    ) -> list[str]:
+        """The new text of each prompt, all at one time; equal prompts get different random numbers."""
+        if self.resolve_mode(mode) == "diffusion":
+            steps = self.denoise(
+                prompts,
+                suffix=suffix,
+                total_length=total_length,
+                sampling=sampling,
+                denoising=denoising,
+                seed=seed,
+                stop_at_eot=stop_at_eot,
+            )
+            *_, last = steps
+            return [self.new_text(row, prompt, suffix) for row, prompt in zip(last.canvas, prompts, strict=True)]
+        self._check_no_suffix(suffix)
+        continuations: list[list[int]] = [[] for _ in prompts]
+        for ids in self._continuations(prompts, total_length, sampling, seed, stop_at_eot):
+            for continuation, token in zip(continuations, ids, strict=True):
+                if token is not None:
+                    continuation.append(token)
+        return [self.tokenizer.decode(continuation) for continuation in continuations]
 
     def stream(
         self,
@@ -64,33 +123,78 @@ class Predictor:
         seed: int = 0,
         stop_at_eot: bool = True,
     ) -> Iterator[str]:
-        """The continuation in pieces, as it arises; a piece never ends inside a character."""
-        steps = self._steps([prompt], total_length, sampling, seed, stop_at_eot)
+        """The continuation token by token, in pieces that never end inside a character."""
+        self.resolve_mode("ar")
+        steps = self._continuations([prompt], total_length, sampling, seed, stop_at_eot)
         return self.tokenizer.decode_stream(token for [token] in steps if token is not None)
 
-    def generate_batch(
+    def denoise(
         self,
         prompts: Sequence[str],
         *,
+        suffix: str = "",
         total_length: int = 0,
         sampling: SamplingSpec = DEFAULT_SAMPLING,
+        denoising: DenoisingSpec = DEFAULT_DENOISING,
         seed: int = 0,
         stop_at_eot: bool = True,
-    ) -> list[str]:
-        """A continuation of each prompt, all at one time; equal prompts get different random numbers."""
-        continuations: list[list[int]] = [[] for _ in prompts]
-        for ids in self._steps(prompts, total_length, sampling, seed, stop_at_eot):
-            for continuation, token in zip(continuations, ids, strict=True):
-                if token is not None:
-                    continuation.append(token)
-        return [self.tokenizer.decode(continuation) for continuation in continuations]
+    ) -> Iterator[Step]:
+        """Fill a canvas for each prompt, step by step: end of text, prompt, masks, `suffix`."""
+        denoiser = self.denoiser
+        self._check_denoising(prompts, denoising)
+        end = self._encode(suffix)
+        starts = [[self.tokenizer.eot_id, *self._encode(prompt)] for prompt in prompts]
+        longest = max(map(len, starts)) - 1 + len(end)
+        # The end-of-text token that begins the document has a place of its own on the canvas.
+        length = 1 + self._checked_length(longest, total_length, self.model.spec.context_length - 1)
+        rows = [[*start, *[denoiser.mask_id] * (length - len(start) - len(end)), *end] for start in starts]
+        return denoise(
+            denoiser,
+            torch.tensor(rows, device=self.model.embedding.weight.device),
+            denoising=denoising,
+            sampling=sampling,
+            seed=seed,
+            stop_id=self.tokenizer.eot_id if stop_at_eot else None,
+        )
 
-    def _steps(
+    def new_text(self, canvas: Tensor, prompt: str, suffix: str = "") -> str:
+        """What stands on a filled canvas [length] between prompt and suffix, up to the end of the text."""
+        ids = canvas.tolist()[1 + len(self._encode(prompt)) :]
+        ids = ids[: len(ids) - len(self._encode(suffix))]
+        ends = [i for i, token in enumerate(ids) if token in (self.tokenizer.eot_id, self.denoiser.mask_id)]
+        return self.tokenizer.decode(ids[: ends[0]] if ends else ids)
+
+    def resolve_mode(self, mode: ModeName) -> Mode:
+        """The mode that is meant; `UserError` for one that the model was not trained for."""
+        modes = self.reading.modes
+        if mode == "auto":
+            return modes[0]
+        if mode not in modes:
+            raise UserError(
+                f'inference.mode = "{mode}", but this checkpoint was trained for {" and ".join(modes)}; '
+                'use that, or "auto"',
+                EXIT_USAGE,
+            )
+        return mode
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        """The model as a diffusion model; `UserError` if it is none."""
+        self.resolve_mode("diffusion")
+        return Denoiser(
+            self.model,
+            checked_mask_id(self.tokenizer),
+            self._without_text.to(self.model.embedding.weight.device),
+            self.reading.alignment,
+            self.reading.block_size,
+        )
+
+    def _continuations(
         self, prompts: Sequence[str], total_length: int, sampling: SamplingSpec, seed: int, stop_at_eot: bool
     ) -> Iterator[list[int | None]]:
         """The new ids of each step, a final end-of-text left out. Refuses what does not fit before it does anything."""
-        encoded = [self.tokenizer.encode(prompt, allowed_special="none").tolist() for prompt in prompts]
-        total = self._checked_length(max(map(len, encoded)), total_length)
+        encoded = [self._encode(prompt) for prompt in prompts]
+        total = self._checked_length(max(map(len, encoded)), total_length, self.model.spec.context_length)
         eot_id = self.tokenizer.eot_id
         steps = generate(
             self.model,
@@ -99,35 +203,54 @@ class Predictor:
             sampling=sampling,
             seed=seed,
             stop_id=eot_id if stop_at_eot else None,
-            banned=self._banned,
+            banned=self._without_text,
         )
         return ([None if stop_at_eot and token == eot_id else token for token in ids] for ids in steps)
 
-    def _checked_length(self, prompt_length: int, total_length: int) -> int:
-        context_length = self.model.spec.context_length
-        total = total_length or context_length
-        if total > context_length:
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, allowed_special="none").tolist()
+
+    def _checked_length(self, given: int, total_length: int, room: int) -> int:
+        total, context_length = total_length or room, self.model.spec.context_length
+        context = f"context of {context_length} tokens" + (", one of which begins it" if room < context_length else "")
+        if total > room:
             raise UserError(
-                f"inference.total_length ({total}) exceeds the model's context of {context_length} tokens; "
-                "lower it, or set 0 for the whole context",
+                f"inference.total_length ({total}) exceeds the model's {context}; lower it, or set 0 for all of it",
                 EXIT_USAGE,
             )
-        if prompt_length >= context_length:
+        if given >= room:
             raise UserError(
-                f"the prompt has {prompt_length} tokens and the model's context {context_length}; shorten the prompt",
-                EXIT_USAGE,
+                f"the prompt has {given} tokens and fills the model's {context}; shorten the prompt", EXIT_USAGE
             )
-        if prompt_length >= total:
+        if given >= total:
             raise UserError(
-                f"inference.total_length ({total}) must be larger than the prompt's {prompt_length} tokens; "
+                f"inference.total_length ({total}) must be larger than the prompt's {given} tokens; "
                 "raise it or shorten the prompt",
                 EXIT_USAGE,
             )
         return total
 
+    def _check_no_suffix(self, suffix: str) -> None:
+        if suffix:
+            raise UserError(
+                "inference.suffix is for diffusion models: next-token prediction cannot look ahead; leave it out",
+                EXIT_USAGE,
+            )
+
+    def _check_denoising(self, prompts: Sequence[str], denoising: DenoisingSpec) -> None:
+        if denoising.guidance and not all(prompts):
+            raise UserError(
+                "inference.guidance strengthens the prompt, and the prompt is empty; give one, or set guidance = 0",
+                EXIT_USAGE,
+            )
+        own = self.reading.block_size
+        if own and denoising.block_length not in (0, own):
+            raise UserError(
+                f"inference.block_length = {denoising.block_length}, but this model was trained in blocks of {own}; "
+                "set 0 for the model's own",
+                EXIT_USAGE,
+            )
+
     @cached_property
-    def _banned(self) -> torch.Tensor:
-        """Ids that stand for no text, bool [vocab_size]: special tokens but the end of text, and gaps in the ids."""
-        banned = torch.from_numpy(self.tokenizer.byte_lengths() == 0)
-        banned[self.tokenizer.eot_id] = False
-        return banned
+    def _without_text(self) -> Tensor:
+        return torch.from_numpy(ids_without_text(self.tokenizer))

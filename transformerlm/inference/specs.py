@@ -9,6 +9,7 @@ from annotated_types import Ge, Gt, Le
 
 WeightsName = Literal["raw", "ema"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
+ModeName = Literal["auto", "ar", "diffusion"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +67,20 @@ DEFAULT_DENOISING = DenoisingSpec()
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceSpec(SamplingSpec):
+class InferenceSpec(SamplingSpec, DenoisingSpec):
     """One call of the predictor."""
 
     checkpoint: str = ""
     """A checkpoint: its step folder, its run folder, or `…/checkpoints/best` or `latest`."""
     prompt: str = ""
     """Text to continue; empty starts a new document."""
+    suffix: str = ""
+    """Text that follows what is to be written: a diffusion model fills in what lies between."""
+    mode: ModeName = "auto"
+    """How to write: `ar` token after token, `diffusion` by filling in masks; `auto` is what the model was trained for,
+    `ar` when both."""
     total_length: Annotated[int, Ge(0)] = 0
-    """Tokens of prompt and continuation together, at most the model's context length; 0 = that length."""
+    """Tokens of prompt, new text and suffix together, at most what the model's context holds; 0 = that many."""
     num_samples: Annotated[int, Ge(1)] = 1
     """Continuations of the prompt, each with random numbers of its own."""
     seed: Annotated[int, Ge(0)] = 0

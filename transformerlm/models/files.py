@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import safetensors.torch
 import torch
@@ -20,7 +20,15 @@ from trainkit.artifacts import MANIFEST, verify_directory
 from trainkit.errors import UserError
 from transformerlm.inference.specs import WeightsName
 from transformerlm.models.build import empty_model
-from transformerlm.models.specs import ModelSpec, TransformerSpec, padded_vocabulary
+from transformerlm.models.specs import (
+    AUTOREGRESSIVE,
+    Alignment,
+    Mode,
+    ModelSpec,
+    Reading,
+    TransformerSpec,
+    padded_vocabulary,
+)
 from transformerlm.models.transformer import Transformer
 from transformerlm.tokenizer.tokenizer import Tokenizer
 from transformerlm.utils.dtypes import resolve_device
@@ -39,39 +47,52 @@ class Checkpoint:
     """The step folder."""
     model: Transformer
     tokenizer: Tokenizer
+    reading: Reading
 
 
-def model_json(spec: ModelSpec, *, vocab_size: int) -> dict[str, Any]:
-    """What `model.json` says. `alignment`: the logits at a position are about the token after it."""
+def model_json(spec: ModelSpec, *, vocab_size: int, reading: Reading = AUTOREGRESSIVE) -> dict[str, Any]:
+    """What `model.json` says."""
     return {
         "kind": spec.kind,
-        "alignment": "shifted",
+        "modes": list(reading.modes),
+        "alignment": reading.alignment,
+        "block_size": reading.block_size,
         "vocab_size": vocab_size,
         "padded_vocab_size": padded_vocabulary(vocab_size),
         "spec": asdict(spec),
     }
 
 
-def write_model_json(directory: Path, spec: ModelSpec, *, vocab_size: int) -> None:
+def write_model_json(directory: Path, spec: ModelSpec, *, vocab_size: int, reading: Reading = AUTOREGRESSIVE) -> None:
     """Describe the model in a checkpoint directory that is being written."""
-    content = json.dumps(model_json(spec, vocab_size=vocab_size), indent=1)
+    content = json.dumps(model_json(spec, vocab_size=vocab_size, reading=reading), indent=1)
     (directory / MODEL_JSON).write_text(content + "\n", encoding="utf-8")
 
 
-def read_model_json(directory: Path) -> tuple[ModelSpec, int]:
-    """`(spec, vocab_size)` of a checkpoint directory."""
+def read_model_json(directory: Path) -> tuple[ModelSpec, Reading, int]:
+    """`(spec, reading, vocab_size)` of a checkpoint directory."""
     path = directory / MODEL_JSON
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["kind"] != "transformer" or content["alignment"] != "shifted":
-            raise ValueError(f"kind {content['kind']!r} with alignment {content['alignment']!r} is unknown")
-        return TransformerSpec(**content["spec"]), int(content["vocab_size"])
+        if content["kind"] != "transformer":
+            raise ValueError(f"kind {content['kind']!r} is unknown")
+        return TransformerSpec(**content["spec"]), _reading(content), int(content["vocab_size"])
     except FileNotFoundError:
         raise UserError(f"{directory} has no {MODEL_JSON}: it is no checkpoint of a language model") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path} cannot be understood ({error}); use the version that wrote it, or a newer one"
         ) from None
+
+
+def _reading(content: Mapping[str, Any]) -> Reading:
+    for name, value, known in (
+        *(("mode", mode, get_args(Mode)) for mode in content["modes"]),
+        ("alignment", content["alignment"], get_args(Alignment)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is unknown")
+    return Reading(modes=tuple(content["modes"]), alignment=content["alignment"], block_size=int(content["block_size"]))
 
 
 def load_model(
@@ -98,7 +119,7 @@ def load_checkpoint(
     Raises `UserError` for a path that is none, a damaged file, or parts that do not fit together.
     """
     directory = resolve_checkpoint(path)
-    spec, vocab_size = read_model_json(directory)
+    spec, reading, vocab_size = read_model_json(directory)
     tokenizer = Tokenizer.load(directory / "tokenizer")
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
@@ -107,7 +128,7 @@ def load_checkpoint(
         )
     model = empty_model(_changed(spec, changes or {}), vocab_size=vocab_size, device=resolve_device(device))
     _load_weights(model, directory, weights)
-    return Checkpoint(directory, model.eval(), tokenizer)
+    return Checkpoint(directory, model.eval(), tokenizer, reading)
 
 
 def resolve_checkpoint(path: Path | str) -> Path:

@@ -11,6 +11,7 @@ AttentionBackend = Literal["sdpa", "eager"]
 RopeScaling = Literal["none", "linear", "ntk"]
 Alignment = Literal["in_place", "shifted"]
 """Which token the logits at a place are about: the one there, or the one after it."""
+Mode = Literal["ar", "diffusion"]
 
 VOCABULARY_MULTIPLE = 128
 """Embedding tables are padded to a multiple of this: matrix kernels run fastest on such widths."""
@@ -85,6 +86,20 @@ class TransformerSpec:
         """Hidden width of the feed-forward layers, the shorthand 0 resolved."""
         return self.d_ff or _round_up(-(-8 * self.d_model // 3), FEED_FORWARD_MULTIPLE)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How the logits of a trained model are to be read: a property of the weights, recorded beside them."""
+
+    modes: tuple[Mode, ...] = ("ar",)
+    """What it was trained for: next tokens under causal attention, masked tokens under bidirectional, or both."""
+    alignment: Alignment = "shifted"
+    """Which logits speak about a masked token. Next tokens are always read shifted."""
+    block_size: int = 0
+    """Tokens of a block in block diffusion; 0 = none, every token sees every other."""
+
+
+AUTOREGRESSIVE = Reading()
 
 ModelSpec = TransformerSpec
 """Grows into a union, told apart by `kind`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from torch import Tensor
 
 from trainkit.task import Task
-from transformerlm.models.specs import ModelSpec
+from transformerlm.models.specs import AUTOREGRESSIVE, ModelSpec, Reading
 from transformerlm.objectives.autoregressive import Autoregressive
 from transformerlm.objectives.diffusion import MaskedDiffusion
 from transformerlm.objectives.dual import Dual
@@ -41,6 +41,17 @@ def build_objective(spec: ObjectiveSpec, model: ModelSpec, noise: NoiseContext |
                 _masked_diffusion(_diffusion_half(spec), noise),
                 max_steps=noise.max_steps,
             )
+
+
+def reading_of(spec: ObjectiveSpec) -> Reading:
+    """How the model that is trained for `spec` must be read."""
+    match spec:
+        case AutoregressiveSpec():
+            return AUTOREGRESSIVE
+        case DiffusionSpec():
+            return Reading(modes=("diffusion",), alignment=spec.alignment, block_size=spec.block_size)
+        case DualSpec():
+            return Reading(modes=("ar", "diffusion"), alignment="shifted")
 
 
 def _masked_diffusion(spec: DiffusionSpec, noise: NoiseContext | None) -> MaskedDiffusion:
