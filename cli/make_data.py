@@ -25,16 +25,19 @@ class ProgressLine:
     def __init__(self, label: str) -> None:
         self._label = label
         self._start = time.monotonic()
+        self._first: int | None = None
         self._next = self._start + QUIET_SECONDS
         self._terminal = sys.stderr.isatty()
         self._shown = False
 
     def __call__(self, documents: int, tokens: int) -> None:
         now = time.monotonic()
+        if self._first is None:
+            self._first = tokens  # a build that goes on begins with what it has
         if now < self._next:
             return
         self._next = now + (0.2 if self._terminal else LINE_SECONDS)
-        rate = tokens / (now - self._start)
+        rate = (tokens - self._first) / (now - self._start)
         text = f"{self._label}: {documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s"
         print(
             f"\r\x1b[K{text}" if self._terminal else text,
@@ -97,7 +100,9 @@ def _run(loaded: Loaded[MakeDataConfig], arguments: argparse.Namespace) -> None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="make the files again even if they match")
+    parser.add_argument(
+        "--force", action="store_true", help="make the files again, from the beginning, even if they match"
+    )
     parser.add_argument("--verify", action="store_true", help="only check the files against their SHA-256")
     parser.add_argument("--workers", type=int, default=0, help="processes that encode; 0 = as many as are worth it")
 
@@ -105,7 +110,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 COMMAND = Command(
     name="transformerlm-make-data",
     summary="Encode text with a tokenizer into token files in Megatron-LM's layout. Files that match the text, the "
-    "tokenizer and the settings are left as they are.",
+    "tokenizer and the settings are left as they are; a build that was stopped goes on where it was.",
     schema=MakeDataConfig,
     default_config="make_data",
     run=_run,

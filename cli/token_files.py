@@ -2,7 +2,7 @@
 
 The parent reads the text and writes the files, worker processes encode chunks of documents in between. Chunks come
 back in order and only a few are under way at a time: the files do not depend on the number of workers, nor does memory
-on the size of the corpus.
+on the size of the corpus. Every few seconds what is done is saved: a build that was stopped or killed goes on there.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +40,8 @@ CHUNK_CHARACTERS = 1 << 18
 CHUNK_STORIES = 256
 WORTH_A_WORKER = 4_000_000
 """Bytes of text below which starting one more process costs more than it saves."""
+SAVE_SECONDS = 2.0
+"""Time between two points from which a build can go on."""
 BYTES_PER_STORY = 800
 """A rough mean of the grammar's stories; decides only how many workers start."""
 
@@ -107,9 +111,10 @@ def build_token_files(
     """Make `PREFIX.bin`, `.idx` and `.json` of one split, unless files of the same text and tokenizer are there.
 
     What stands for "the same" is `cli.corpora.fingerprint` (for local files, the SHA-256 of each), the tokenizer's
-    content hash and the dtype. `force` makes them again in any case; `check` compares files that would be reused with
-    their SHA-256. Special tokens that stand in the text are plain characters: a document cannot end itself.
-    `workers` = 0 takes as many processes as there are cores and the amount of text is worth.
+    content hash and the dtype. `force` makes them again in any case, from the beginning; without it, a build of the
+    same that was stopped is finished, and the files are those of one that was not. `check` compares files that would
+    be reused with their SHA-256. Special tokens that stand in the text are plain characters: a document cannot end
+    itself. `workers` = 0 takes as many processes as there are cores and the amount of text is worth.
     """
     prefix = Path(prefix)
     stored = _dtype(dtype, tokenizer.vocab_size)
@@ -122,16 +127,19 @@ def build_token_files(
     if not force and (manifest := _matching(prefix, stored, tokenizer.content_hash, source, check=check)):
         return TokenFiles(manifest, reused=True)
     workers = workers or min(available_cores(), 1 + _estimated_bytes(corpus, split) // WORTH_A_WORKER)
-    empty = 0
-    with (
-        IndexedWriter(prefix, stored, tokenizer=tokenizer.content_hash, source=source) as writer,
-        closing(_encode_all(_chunks(corpus, split), tokenizer, stored, workers)) as results,
-    ):
-        for encoded in results:
-            writer.add(encoded.tokens, encoded.lengths, text_bytes=encoded.text_bytes)
-            empty += encoded.empty
-            writer.source["empty_documents_left_out"] = empty
-            progress(writer.documents, writer.tokens)
+    with IndexedWriter(prefix, stored, tokenizer=tokenizer.content_hash, source=source, start_over=force) as writer:
+        empty = writer.source.get("empty_documents_left_out", 0)
+        chunks = _chunks(corpus, split, Done(writer.documents + empty, writer.text_bytes))
+        next_save = time.monotonic() + SAVE_SECONDS
+        with closing(_encode_all(chunks, tokenizer, stored, workers)) as results:
+            for encoded in results:
+                writer.add(encoded.tokens, encoded.lengths, text_bytes=encoded.text_bytes)
+                empty += encoded.empty
+                writer.source["empty_documents_left_out"] = empty
+                progress(writer.documents, writer.tokens)
+                if time.monotonic() >= next_save:
+                    writer.save()
+                    next_save = time.monotonic() + SAVE_SECONDS
     manifest = read_manifest(prefix)
     assert manifest is not None
     return TokenFiles(manifest, reused=False)
@@ -194,15 +202,31 @@ def _estimated_bytes(corpus: CorpusSpec, split: Split) -> int:
 # -- chunks of documents -----------------------------------------------------------------------------------------------
 
 
-def _chunks(corpus: CorpusSpec, split: Split) -> Iterator[Chunk]:
+class Done(NamedTuple):
+    """How much of the text an unfinished build has behind it."""
+
+    documents: int
+    """Empty ones included."""
+    text_bytes: int
+
+
+def _chunks(corpus: CorpusSpec, split: Split, done: Done) -> Iterator[Chunk]:
+    """The documents that are not done yet."""
     if not isinstance(corpus, GrammarCorpusSpec):
-        return _text_chunks(open_documents(corpus, split))
+        return _text_chunks(_without(done, open_documents(corpus, split)))
     from transformerlm.corpus.stories import split_seed
 
     count = corpus.num_train_stories if split == "train" else corpus.num_val_stories
     seed = split_seed(corpus.seed, split)
-    starts = range(0, count, CHUNK_STORIES)
+    starts = range(done.documents, count, CHUNK_STORIES)
     return (Stories(seed, range(start, min(start + CHUNK_STORIES, count))) for start in starts)
+
+
+def _without(done: Done, documents: Iterator[str]) -> Iterator[str]:
+    """The documents behind those that are done, whose length tells whether the text is still the same."""
+    if sum(len(text.encode()) for text in islice(documents, done.documents)) != done.text_bytes:
+        raise UserError("the text is not what it was when this build was stopped; start over with --force")
+    yield from documents
 
 
 def _text_chunks(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -256,10 +280,9 @@ def _encode_all(
     )
     pending: deque[Future[Encoded]] = deque()
     try:
-        with _interrupts_withheld():
-            pool.submit(int)  # the first task starts all processes
         for chunk in chunks:
-            pending.append(pool.submit(_encode_in_worker, chunk))
+            with _interrupts_withheld():  # any task may start a process, as long as all are busy
+                pending.append(pool.submit(_encode_in_worker, chunk))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from transformerlm.tokenizer.trainer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SUFFIXES = (".bin", ".idx", ".json")
+UNFINISHED = ".tmp-unfinished"
 
 
 @pytest.fixture(scope="module")
@@ -367,25 +370,174 @@ def test_progress_is_shown_only_for_long_work(
     assert "train: 5 documents" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_in_the_middle(tmp_path: Path, tokenizer_path: Path, number: signal.Signals) -> None:
-    """Ctrl-C leaves nothing; after a kill no worker lives on and the next run cleans up."""
-    more = ["corpus.num_train_stories=100_000_000", "--workers", "2"]
-    command = [sys.executable, "-m", "cli.make_data", *arguments(tmp_path, tokenizer_path, *more)]
-    child = subprocess.Popen(
+def start_build(folder: Path, tokenizer_path: Path, *more: str) -> subprocess.Popen[str]:
+    """The command in a process group of its own, saving all the time."""
+    code = (
+        "import sys; from cli import make_data, token_files\n"
+        "token_files.SAVE_SECONDS, token_files.CHUNK_STORIES, token_files.CHUNK_CHARACTERS = 0.0, 16, 4000\n"
+        "sys.exit(make_data.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *arguments(folder, tokenizer_path, "output.val_prefix=", *more)]
+    return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True
     )
+
+
+def saved_lines(folder: Path) -> int:
+    journal = folder / f".train.progress{UNFINISHED}"
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
+def wait_for_saves(child: subprocess.Popen[str], folder: Path, count: int) -> None:
     deadline = time.monotonic() + 60
-    while not any(path.suffix != ".json" and path.stat().st_size > 100 for path in tmp_path.iterdir()):
+    while saved_lines(folder) < count:
         assert time.monotonic() < deadline and child.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_in_the_middle(tmp_path: Path, tokenizer_path: Path, number: signal.Signals) -> None:
+    """No worker lives on, nothing stands under the final names, and other settings clear away what is left."""
+    child = start_build(tmp_path, tokenizer_path, "corpus.num_train_stories=100_000_000", "--workers", "2")
+    wait_for_saves(child, tmp_path, 2)
     os.killpg(child.pid, number) if number == signal.SIGINT else child.kill()
     output, error = child.communicate(timeout=60)  # ends when the last process that holds the pipe does
     if number == signal.SIGINT:
         assert child.returncode == EXIT_INTERRUPTED
         assert output == "" and error.splitlines()[-1] == "transformerlm-make-data: interrupted", error
-        assert "Traceback" not in error and entries(tmp_path) == []
-    else:
-        assert [name.rpartition(".tmp-")[0] for name in entries(tmp_path)] == [".train.bin", ".train.idx"]
-        assert make_data.main(arguments(tmp_path, tokenizer_path, "output.val_prefix=")) == 0
-        assert entries(tmp_path) == ["train.bin", "train.idx", "train.json"]
+        assert "Traceback" not in error
+    assert entries(tmp_path) == [f".train.{kind}{UNFINISHED}" for kind in ("bin", "idx", "progress")]
+    assert make_data.main(arguments(tmp_path, tokenizer_path, "output.val_prefix=")) == 0
+    assert entries(tmp_path) == ["train.bin", "train.idx", "train.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["grammar", "files"])
+def test_killed_again_and_again_a_build_goes_on_and_gives_the_same_files(
+    tmp_path: Path, tokenizer: Tokenizer, tokenizer_path: Path, kind: str
+) -> None:
+    stories = 4000
+    corpus: CorpusSpec = GrammarCorpusSpec(num_train_stories=stories, num_val_stories=2)
+    more = [f"corpus.num_train_stories={stories}", "--workers", "1"]
+    if kind == "files":
+        texts = [sample(1, index) if index % 7 else "" for index in range(stories // 2)]
+        corpus = rows(tmp_path / "x.jsonl", *texts)
+        more = ["corpus.kind=files", f'corpus.train_paths=["{tmp_path / "x.jsonl"}"]', "--workers", "1"]
+    build_token_files(corpus, "train", tokenizer, tmp_path / "expected", workers=1)
+    folder, rng = tmp_path / "out", random.Random(kind)
+    folder.mkdir()
+    kills, lines = 0, []
+    while kills < 5:
+        child = start_build(folder, tokenizer_path, *more)
+        wait_for_saves(child, folder, saved_lines(folder) + rng.randrange(1, 8))
+        time.sleep(rng.random() * 0.02)
+        child.kill()
+        child.communicate(timeout=60)
+        if child.returncode != -signal.SIGKILL:
+            break  # it was quicker
+        kills += 1
+        lines.append(saved_lines(folder))
+    assert kills >= 2 and lines == sorted(set(lines))  # each went on behind the last one
+    child = start_build(folder, tokenizer_path, *more)
+    child.communicate(timeout=120)
+    assert child.returncode == 0
+    assert contents(folder / "train") == contents(tmp_path / "expected")
+    assert entries(folder) == ["train.bin", "train.idx", "train.json"]
+
+
+@pytest.fixture
+def stopped_build(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> FilesCorpusSpec:
+    """A build of four documents that stopped after three, which are saved."""
+    monkeypatch.setattr(token_files, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(token_files, "CHUNK_CHARACTERS", 1)
+    corpus = rows(tmp_path / "x.jsonl", "one", "", "three", "four")
+
+    def stop(documents: int, tokens: int) -> None:
+        if documents == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_token_files(corpus, "train", tokenizer, tmp_path / "a", workers=1, progress=stop)
+    assert saved(tmp_path / "a") == [(1, 0), (1, 1), (2, 1)]
+    return corpus
+
+
+def saved(prefix: Path) -> list[tuple[int, int]]:
+    """Documents and empty ones of each line of the journal."""
+    lines = prefix.with_name(f".{prefix.name}.progress{UNFINISHED}").read_text().splitlines()
+    return [(line["documents"], line["source"]["empty_documents_left_out"]) for line in map(json.loads, lines)]
+
+
+def encoded_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which documents are encoded from here on."""
+    seen: list[str] = []
+    encode = token_files.encode_chunk
+
+    def spy(chunk: token_files.Chunk, *rest: Any) -> token_files.Encoded:
+        seen.extend(chunk)  # type: ignore[arg-type]
+        return encode(chunk, *rest)
+
+    monkeypatch.setattr(token_files, "encode_chunk", spy)
+    return seen
+
+
+def test_only_what_is_missing_is_encoded(
+    tmp_path: Path, tokenizer: Tokenizer, stopped_build: FilesCorpusSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = encoded_texts(monkeypatch)
+    build_token_files(stopped_build, "train", tokenizer, tmp_path / "a", workers=1)
+    assert seen == ["four"]
+    build_token_files(stopped_build, "train", tokenizer, tmp_path / "b", workers=1)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("damage", ["force", "bin", "idx", "journal", "text", "dtype", "tokenizer"])
+def test_what_does_not_belong_is_not_taken_up(
+    tmp_path: Path, tokenizer: Tokenizer, stopped_build: FilesCorpusSpec, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    texts, options = ["one", "", "three", "four"], {"force": damage == "force"}
+    if damage in ("bin", "idx"):
+        path = tmp_path / f".a.{damage}{UNFINISHED}"
+        content = bytearray(path.read_bytes())
+        content[-9 if damage == "bin" else 35] ^= 1
+        path.write_bytes(content)
+    if damage == "journal":
+        (tmp_path / f".a.progress{UNFINISHED}").write_text('{"made_of": "')
+    if damage == "text":
+        texts[0] = "eno"
+        rows(tmp_path / "x.jsonl", *texts)
+    dtype = "int32" if damage == "dtype" else "auto"
+    used = tokenizer.with_special_tokens(["<|more|>"]) if damage == "tokenizer" else tokenizer
+    seen = encoded_texts(monkeypatch)
+    build_token_files(stopped_build, "train", used, tmp_path / "a", workers=1, dtype=dtype, **options)
+    assert seen == texts
+    build_token_files(stopped_build, "train", used, tmp_path / "b", workers=1, dtype=dtype)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_torn_line_of_the_journal_is_forgotten(
+    tmp_path: Path, tokenizer: Tokenizer, stopped_build: FilesCorpusSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = tmp_path / f".a.progress{UNFINISHED}"
+    journal.write_bytes(journal.read_bytes()[:-5])
+    seen = encoded_texts(monkeypatch)
+    build_token_files(stopped_build, "train", tokenizer, tmp_path / "a", workers=1)
+    assert seen == ["three", "four"]
+
+
+def test_a_hub_text_that_has_changed_is_not_mixed(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name is all that the fingerprint knows."""
+    monkeypatch.setattr(token_files, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(token_files, "CHUNK_CHARACTERS", 1)
+    hub = SimpleNamespace(load_dataset=lambda *arguments, **options: broken_stream())
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    corpus, prefix = HubCorpusSpec(dataset_name="x"), tmp_path / "a"
+    with pytest.raises(UserError, match="the connection was reset"):
+        build_token_files(corpus, "train", tokenizer, prefix, workers=1)
+    hub.load_dataset = lambda *arguments, **options: [{"text": "longer"}, {"text": "two"}]
+    with pytest.raises(UserError, match=r"not what it was.*--force"):
+        build_token_files(corpus, "train", tokenizer, prefix, workers=1)
+    hub.load_dataset = lambda *arguments, **options: [{"text": "one"}, {"text": "two"}]
+    assert build_token_files(corpus, "train", tokenizer, prefix, workers=1).manifest.documents == 2
