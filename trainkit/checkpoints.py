@@ -59,6 +59,8 @@ class Snapshot:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     average: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    starts_optimizer_anew: bool = False
+    """Whether a run that goes on from here does so with a fresh optimizer."""
 
 
 @dataclass(frozen=True)

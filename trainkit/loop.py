@@ -36,6 +36,7 @@ from trainkit.optimizers import (
 )
 from trainkit.precision import LossScale, autocast_context
 from trainkit.preflight import describe, estimate_run
+from trainkit.ramps import ramped, units_before
 from trainkit.reduction import check_tree
 from trainkit.replicas import Replica, replicate
 from trainkit.schedules import learning_rate_factor
@@ -139,6 +140,7 @@ def train(run: Run, resume: Snapshot | None = None) -> Result:
         status: Status = "finished"
         if state.step < run.training.max_steps:
             with closing(run.source.steps(resume.trainer["data"] if resume else None)) as steps, _writing(run, state):
+                steps = ramped(steps, run.training, state.step)
                 first = next(steps)
                 _announce(run, state, first[0])
                 status = _run_steps(run, state, _marked(chain([first], steps)))
@@ -235,7 +237,7 @@ def _start(run: Run, resume: Snapshot | None) -> _State:
     )
     if resume is not None:
         trainer = resume.trainer
-        if not resume.optimizer and trainer["step"] < run.training.max_steps:
+        if not resume.optimizer and not resume.starts_optimizer_anew and trainer["step"] < run.training.max_steps:
             raise UserError(
                 f"the checkpoint of step {trainer['step']} holds no optimizer state, because the run has "
                 "checkpoint.save_optimizer = false: it cannot go on; start a new run"
@@ -252,13 +254,17 @@ def _start(run: Run, resume: Snapshot | None) -> _State:
 
 def _announce(run: Run, state: _State, micro_batches: list[Batch]) -> None:
     """Say what the run will cost, from a trial of its first micro-batch."""
+    done, next_done, all_done = (
+        units_before(run.training, step) for step in (state.step, state.step + 1, run.training.max_steps)
+    )
+    units, units_per_step = all_done - done, next_done - done
     estimate = estimate_run(
         state.replica,
         run.task,
         [_to_device(batch, run.world.device) for batch in micro_batches],
         run.world,
-        steps=run.training.max_steps - state.step,
-        units_per_step=run.training.total_batch_size,
+        steps=units // units_per_step,
+        units_per_step=units_per_step,
         autocast=_autocast(run),
     )
     run.log.message(describe(estimate, run.facts, run.world))
@@ -319,7 +325,7 @@ def _gives_up(run: Run, state: _State) -> bool:
 def _training_record(run: Run, state: _State, metrics: Mapping[str, float], clock: _Clock) -> dict[str, Any]:
     record: dict[str, Any] = {"kind": "train", "step": state.step, **metrics}
     record["learning_rate"] = state.optimizer.param_groups[0]["lr"]
-    record[f"{run.facts.unit_name}_seen"] = state.step * run.training.total_batch_size
+    record[f"{run.facts.unit_name}_seen"] = units_before(run.training, state.step)
     return record | clock.read(state.step)
 
 
@@ -392,7 +398,7 @@ def _save(run: Run, store: CheckpointStore, state: _State, open_metrics: Totals,
     if state.writer is not None:
         trainer = {
             "step": state.step,
-            "samples": state.step * samples_per_step(run.training, run.facts),
+            "samples": units_before(run.training, state.step) // run.facts.units_per_sample,
             "data": data_states,
             "best": state.best or {},
             "max_steps": run.training.max_steps,
@@ -432,8 +438,8 @@ class _Clock:
         """Seconds per step and units per second since the last call; then start over."""
         now = time.perf_counter()
         steps, seconds = step - self._step, max(now - self._since, 1e-9)
+        units = (units_before(self._run.training, step) - units_before(self._run.training, self._step)) / seconds
         self._step, self._since = step, now
-        units = steps * self._run.training.total_batch_size / seconds
         values = {"step_seconds": seconds / steps, f"{self._run.facts.unit_name}_per_second": units}
         if self._run.facts.flops_per_unit:
             values["flops_per_second"] = units * self._run.facts.flops_per_unit

@@ -22,6 +22,11 @@ class TrainingSpec:
     """Optimizer steps of the run. Intervals and horizons count optimizer steps too."""
     total_batch_size: Annotated[int, Ge(1)] = 8192
     """Units (tokens, for a language model) of one optimizer step over all ranks; a multiple of the sample length."""
+    batch_size_factors: tuple[tuple[Annotated[int, Ge(0)], Annotated[int, Ge(1)]], ...] = ()
+    """Pairs (step, factor): from that step on (the first is 0) a step takes `factor` times `total_batch_size`."""
+    context_length_divisors: tuple[tuple[Annotated[int, Ge(0)], Annotated[int, Ge(1)]], ...] = ()
+    """Pairs (step, divisor): from that step on each window of text is cut into so many shorter ones, for instance
+    `[[0, 4], [1000, 2], [2000, 1]]`."""
     device_batch_size: Annotated[int, Ge(1)] = 8
     """Samples of one forward and backward pass on one device; gradients accumulate until the step is complete."""
     log_every: Annotated[int, Ge(1)] = 10
@@ -52,6 +57,12 @@ class TrainingSpec:
     """`auto` takes CUDA where it exists, else the CPU; or a device name such as `cpu`, `cuda`, `cuda:1`, `mps`."""
     threads: Annotated[int, Ge(0)] = 0
     """CPU threads of each rank; 0 leaves PyTorch's choice. Bit-exact resume on CPU needs the same number."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size_factors", "context_length_divisors"):
+            steps = [step for step, _ in getattr(self, name)]
+            if steps != sorted(set(steps)):
+                raise ValueError(f"{name} names the steps {steps}: they must ascend")
 
 
 @dataclass(frozen=True, kw_only=True)
