@@ -22,10 +22,11 @@ DOCUMENTS = [np.array([2, 0, EOT]), np.array([1, EOT]), np.array([0, 0, 2, 1, 1,
 BYTES = np.array([1, 1, 2, 0, 0])
 
 
-def denoiser(**settings: Any) -> Denoiser:
-    model = create_model(
-        TransformerSpec(context_length=LENGTH, num_layers=2, d_model=16, num_heads=2), vocab_size=VOCAB, seed=1
-    ).double()
+def denoiser(*, noise_embedding: bool = False, **settings: Any) -> Denoiser:
+    spec = TransformerSpec(
+        context_length=LENGTH, num_layers=2, d_model=16, num_heads=2, noise_embedding=noise_embedding
+    )
+    model = create_model(spec, vocab_size=VOCAB, seed=1).double()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -46,7 +47,8 @@ def chain_rule(one: Denoiser, window: Window, order: tuple[int, ...]) -> dict[in
     noisy[list(order)] = MASK
     nats = {}
     for place in order:
-        logits = one.model(noisy.unsqueeze(0), causal=False)[0, place - (one.alignment == "shifted")]
+        level = (noisy == MASK).double().mean().expand(1, used)
+        logits = one.model(noisy.unsqueeze(0), causal=False, noise_level=level)[0, place - (one.alignment == "shifted")]
         nats[place] = float(F.cross_entropy(logits.masked_fill(one.forbidden, -math.inf), tokens[place]))
         noisy[place] = tokens[place]
     return nats
@@ -81,9 +83,9 @@ def test_windows_share_one_token_and_score_every_other_once() -> None:
 
 
 @pytest.mark.parametrize("fixed_count", [True, False])
-@pytest.mark.parametrize("alignment", ["in_place", "shifted"])
-def test_both_estimators_have_the_mean_over_all_orders(alignment: Any, fixed_count: bool) -> None:
-    one = denoiser(alignment=alignment)
+@pytest.mark.parametrize("settings", [{}, {"alignment": "shifted"}])
+def test_both_estimators_have_the_mean_over_all_orders(settings: dict[str, Any], fixed_count: bool) -> None:
+    one = denoiser(**settings)
     expected = mean_over_orders(one)
     bound = score_bound(
         one, DOCUMENTS, BYTES, eot_id=EOT, context_length=LENGTH, draws=256, replicates=8, fixed_count=fixed_count,
@@ -130,6 +132,19 @@ def test_blocks_of_one_token_have_one_order_and_no_error() -> None:
     assert bound.standard_error < 1e-9
 
 
+def test_a_model_that_is_told_the_share_of_masks_still_has_a_bound() -> None:
+    """Without fill, which the counted share would tell apart from a text that ends."""
+    one = denoiser(noise_embedding=True)
+    documents = [np.array([2, 0, 1, EOT])]
+    [window] = cut_windows(documents, LENGTH, EOT)
+    chains = [chain_rule(one, window, order) for order in itertools.permutations(range(1, LENGTH))]
+    expected = sum(sum(chain.values()) for chain in chains) / len(chains)
+    bound = score_bound(one, documents, BYTES, eot_id=EOT, context_length=LENGTH, draws=256, replicates=8)
+    assert abs(bound.scores.nats.sum() - expected) < 5 * bound.standard_error
+    ignorant = score_bound(denoiser(), documents, BYTES, eot_id=EOT, context_length=LENGTH, draws=256, replicates=8)
+    assert abs(ignorant.scores.nats.sum() - expected) > 8 * bound.standard_error
+
+
 def test_the_bound_of_blocks_lies_between() -> None:
     """With blocks of two every order inside a block: by enumeration over the orders of each block."""
     one = denoiser(block_size=2)
@@ -159,3 +174,16 @@ def test_the_result_does_not_depend_on_the_batch_size() -> None:
     settings = {"eot_id": EOT, "context_length": LENGTH, "draws": 6}
     first, second = (score_bound(one, DOCUMENTS, BYTES, batch_size=size, **settings) for size in (1, 6))
     np.testing.assert_allclose(first.scores.nats, second.scores.nats, rtol=1e-10)
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    one = denoiser()
+    settings = {"eot_id": EOT, "context_length": LENGTH}
+    whole = score_bound(one, DOCUMENTS, BYTES, draws=6, **settings)
+    parts = [score_bound(one, DOCUMENTS, BYTES, draws=6, part=part, parts=2, **settings) for part in range(2)]
+    np.testing.assert_allclose(sum(part.scores.nats for part in parts), whole.scores.nats, rtol=1e-10)
+    assert math.hypot(*(part.standard_error for part in parts)) == pytest.approx(whole.standard_error)
+    assert all(part.scores.tokens.sum() == whole.scores.tokens.sum() for part in parts)
+    exact = score_left_to_right(one, DOCUMENTS, BYTES, **settings)
+    halves = [score_left_to_right(one, DOCUMENTS, BYTES, part=part, parts=2, **settings) for part in range(2)]
+    np.testing.assert_allclose(sum(half.nats for half in halves), exact.nats, rtol=1e-10)

@@ -17,7 +17,7 @@ from transformerlm.inference.denoising import Denoiser
 from transformerlm.models.build import create_model
 from transformerlm.models.specs import TransformerSpec
 from transformerlm.models.transformer import Transformer
-from transformerlm.models.visibility import noisy_and_clean
+from transformerlm.models.visibility import block_causal, masked_share, noisy_and_clean
 from transformerlm.objectives.build import NoiseContext, build_objective
 from transformerlm.objectives.diffusion import MaskedDiffusion
 from transformerlm.objectives.dual import Dual
@@ -309,9 +309,13 @@ def test_information_flows_both_ways_inside_a_block_and_one_way_across(model: Tr
     assert reach(causal=False).all()
     assert torch.equal(reach(causal=True), torch.ones(8, 8).tril().bool())
     block = torch.arange(8) // 3
-    from transformerlm.models.visibility import block_causal
-
     assert torch.equal(reach(causal=False, mask=block_causal(8, 3)), block.unsqueeze(1) >= block)
+
+
+def test_the_share_of_masks_by_hand() -> None:
+    tokens = torch.tensor([[MASK, 0, 0, 1, MASK, MASK, 2]])
+    assert masked_share(tokens, MASK, 0)[0].tolist() == pytest.approx([3 / 7] * 7)
+    assert masked_share(tokens, MASK, 3)[0].tolist() == pytest.approx([1 / 3] * 3 + [2 / 3] * 3 + [0.0])
 
 
 def test_the_doubled_mask_by_hand() -> None:

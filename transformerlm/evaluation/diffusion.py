@@ -80,19 +80,23 @@ def score_bound(
     fixed_count: bool = True,
     seed: int = 0,
     batch_size: int = 16,
+    part: int = 0,
+    parts: int = 1,
 ) -> Bound:
     """Estimate the bound of each document (ids, the final end-of-text included).
 
     A window is masked `draws` times, the noise levels stratified over them, and all that `replicates` times, which
     tells the error. `fixed_count` draws how *many* tokens are masked, and weighs by that: the same mean, less variance
     (Nie et al. 2025, arXiv:2502.09992); otherwise each token is masked on its own. The numbers of a window depend on
-    the seed and its place in the stream alone.
+    the seed and its place in the stream alone. With `parts` (ranks, say) every `parts`-th window is scored, from number
+    `part` on: the nats of all parts add up to the whole; tokens and bytes are always those of the whole.
     """
     assert draws >= 1 and replicates >= 2
     sums = _Sums(byte_lengths, eot_id)
     corrupt = _fixed_count_draws if fixed_count else _independent_draws
     variance = 0.0
-    for window in cut_windows(sums.measured(documents), context_length, eot_id):
+    windows = cut_windows(sums.measured(documents), context_length, eot_id)
+    for window in _share(windows, part, parts):
         estimates = np.zeros(replicates)
         for replicate in range(replicates):
             noise = list(corrupt(seed, window, window.index * replicates + replicate, draws, denoiser.block_size))
@@ -111,18 +115,28 @@ def score_left_to_right(
     eot_id: int,
     context_length: int,
     batch_size: int = 16,
+    part: int = 0,
+    parts: int = 1,
 ) -> Scores:
-    """−log p by the chain rule, each token predicted from those before it and masks after: exact, a pass a token."""
+    """−log p by the chain rule, each token predicted from those before it and masks after: exact, a pass a token.
+
+    `part` and `parts` as in `score_bound`.
+    """
     sums = _Sums(byte_lengths, eot_id)
-    for window in cut_windows(sums.measured(documents), context_length, eot_id):
+    windows = cut_windows(sums.measured(documents), context_length, eot_id)
+    for window in _share(windows, part, parts):
         places = np.flatnonzero(window.eligible)
         hidden = window.eligible & (np.arange(context_length) >= places[:, None])
         asked = np.arange(context_length) == places[:, None]
         for start in range(0, len(places), batch_size):
-            part = slice(start, start + batch_size)
-            nats = _nats(denoiser, window, hidden[part], asked[part], given_clean=False)
+            rows = slice(start, start + batch_size)
+            nats = _nats(denoiser, window, hidden[rows], asked[rows], given_clean=False)
             sums.add(window, nats.sum(axis=0))
     return sums.scores()
+
+
+def _share(windows: Iterator[Window], part: int, parts: int) -> Iterator[Window]:
+    return (window for window in windows if window.index % parts == part)
 
 
 def cut_windows(documents: Iterable[IntArray], context_length: int, eot_id: int) -> Iterator[Window]:

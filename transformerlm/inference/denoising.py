@@ -11,7 +11,7 @@ from torch import Tensor
 from transformerlm.models.cache import KeyValueCache
 from transformerlm.models.specs import Alignment
 from transformerlm.models.transformer import Head, Transformer
-from transformerlm.models.visibility import block_causal, denoising_arguments
+from transformerlm.models.visibility import block_causal, denoising_arguments, masked_share
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,17 @@ class Denoiser:
     def logits(self, tokens: Tensor, chosen: Tensor, *, segments: Tensor | None = None) -> Tensor:
         """Of `tokens` int64 [batch, length]; `segments` as in the model's `forward`."""
         mask = block_causal(tokens.shape[1], self.block_size, tokens.device) if self.block_size else None
-        return self._read(chosen, {"tokens": tokens, "segments": segments, "causal": False, "mask": mask})
+        level = masked_share(tokens, self.mask_id, self.block_size)
+        arguments = {"tokens": tokens, "segments": segments, "causal": False, "mask": mask, "noise_level": level}
+        return self._read(chosen, arguments)
 
     def logits_given_clean(
         self, noisy: Tensor, clean: Tensor, chosen: Tensor, *, segments: Tensor | None = None
     ) -> Tensor:
         """The same for all blocks of `noisy` at once, each of which sees the blocks before it as in `clean`."""
-        arguments = denoising_arguments(noisy, clean, block_size=self.block_size, segments=segments)
+        arguments = denoising_arguments(
+            noisy, clean, mask_id=self.mask_id, block_size=self.block_size, segments=segments
+        )
         return self._read(chosen, arguments)
 
     def logits_with_cache(self, tokens: Tensor, chosen: Tensor, cache: KeyValueCache, *, start: int) -> Tensor:
@@ -53,7 +57,8 @@ class Denoiser:
         What the cache held of the places from `start` on is overwritten.
         """
         cache.length = start
-        return self._read(chosen, {"tokens": tokens, "cache": cache, "causal": False})
+        level = masked_share(tokens, self.mask_id, self.block_size)
+        return self._read(chosen, {"tokens": tokens, "cache": cache, "causal": False, "noise_level": level})
 
     @torch.inference_mode()
     def _read(self, chosen: Tensor, arguments: dict[str, Any]) -> Tensor:

@@ -53,6 +53,8 @@ class TransformerSpec:
     """How to reach past the trained length: `linear` squeezes positions (arXiv:2306.15595), `ntk` raises the base."""
     rope_scaling_factor: Annotated[float, Ge(1)] = 1.0
     """How many times longer than trained the context becomes; needs a `rope_scaling` other than `none`."""
+    noise_embedding: bool = False
+    """Tell a diffusion model which share of the text is masked. It could count the masks itself: mostly not needed."""
     norm_eps: Annotated[float, Gt(0)] = 1e-5
     """Added to the mean square inside each RMSNorm."""
 

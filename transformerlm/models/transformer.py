@@ -31,6 +31,9 @@ Head = Callable[[Tensor], Tensor]
 
 R = TypeVar("R")
 
+NOISE_FEATURES = 128
+"""Sines and cosines of a noise level."""
+
 
 class Transformer(nn.Module):
     """Its matrices are empty: `create_model` makes one with initial weights, `load_model` one with trained ones."""
@@ -41,6 +44,7 @@ class Transformer(nn.Module):
         self.vocab_size = vocab_size
         padded = padded_vocabulary(vocab_size)
         self.embedding = Embedding(padded, spec.d_model)
+        self.noise_embedding = NoiseEmbedding(spec) if spec.noise_embedding else None
         self.rope = Rope(spec)
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.num_layers))
         self.norm = RMSNorm(spec.d_model, spec.norm_eps)
@@ -58,6 +62,7 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         causal: bool = True,
         mask: Tensor | None = None,
+        noise_level: Tensor | None = None,
         readout: None = None,
     ) -> Tensor: ...
     @overload
@@ -70,6 +75,7 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         causal: bool = True,
         mask: Tensor | None = None,
+        noise_level: Tensor | None = None,
         readout: Callable[[Tensor, Head], R],
     ) -> R: ...
     def forward(
@@ -81,6 +87,7 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         causal: bool = True,
         mask: Tensor | None = None,
+        noise_level: Tensor | None = None,
         readout: Callable[[Tensor, Head], Any] | None = None,
     ) -> Any:
         """Logits [batch, length, vocab_size], at least float32; or what `readout(hidden, head)` returns.
@@ -89,7 +96,9 @@ class Transformer(nn.Module):
         equal numbers. `positions` int64 [length] or [batch, length]: default 0, 1, … (after those in `cache`). With a
         `cache` the tokens continue what it holds, and it grows by them. `causal=False` lets every token see all;
         `mask` (bool, broadcasts to [batch, 1, length, keys]) says instead of `causal` which keys a query may see.
-        `readout` gets hidden [batch, length, d_model], the final norm applied.
+        `noise_level` float [batch, length] is the share of masks that a token shares its block with, for a model with
+        `noise_embedding`; without it there are none. `readout` gets hidden [batch, length, d_model], the final norm
+        applied.
         """
         length, start = tokens.shape[1], 0 if cache is None else cache.length
         key_segments = segments if cache is None or segments is None else cache.append_segments(segments)
@@ -105,6 +114,9 @@ class Transformer(nn.Module):
         cos, sin = self.rope(start, length, positions)
         context = Context(cos, sin, mask, is_causal, cache)
         hidden = self.embedding(tokens)
+        if self.noise_embedding is not None:
+            level = torch.zeros(tokens.shape, device=tokens.device) if noise_level is None else noise_level
+            hidden = hidden + self.noise_embedding(level).to(hidden.dtype)
         for block in self.blocks:
             hidden = block(hidden, context)
         if cache is not None:
@@ -206,6 +218,21 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
+
+
+class NoiseEmbedding(nn.Module):
+    """A vector for a share in [0, 1]: sines of many frequencies, then a small network (Peebles & Xie 2023,
+    arXiv:2212.09748, condition on time like this)."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.features = Linear(NOISE_FEATURES, spec.d_model, bias=False)
+        self.output = Linear(spec.d_model, spec.d_model, bias=False)
+
+    def forward(self, level: Tensor) -> Tensor:
+        frequencies = torch.logspace(0, 3, NOISE_FEATURES // 2, device=level.device)
+        angles = level.unsqueeze(-1).to(self.features.weight.dtype) * frequencies.to(self.features.weight.dtype)
+        return self.output(F.silu(self.features(torch.cat([angles.cos(), angles.sin()], dim=-1))))
 
 
 class Linear(nn.Linear):

@@ -31,17 +31,36 @@ def noisy_and_clean(length: int, block_size: int, device: torch.device | None = 
     return torch.cat([noisy, clean])
 
 
+def masked_share(tokens: Tensor, mask_id: int, block_size: int) -> Tensor:
+    """Of each token's block (0 = of all), float32 as `tokens` [batch, length].
+
+    A function of the text alone, unlike the time of a noise process. A model that is told it remains one that has an
+    opinion about every order, and its bound an average over them.
+    """
+    is_mask, length = (tokens == mask_id).float(), tokens.shape[1]
+    if not block_size:
+        return is_mask.mean(dim=1, keepdim=True).expand(-1, length)
+    block = (torch.arange(length, device=tokens.device) // block_size).expand_as(tokens)
+    counts = [
+        is_mask.new_zeros(len(tokens), -(-length // block_size)).scatter_add(1, block, values)
+        for values in (is_mask, torch.ones_like(is_mask))
+    ]
+    return (counts[0] / counts[1]).gather(1, block)
+
+
 def denoising_arguments(
-    noisy: Tensor, clean: Tensor, *, block_size: int, segments: Tensor | None = None
+    noisy: Tensor, clean: Tensor, *, mask_id: int, block_size: int, segments: Tensor | None = None
 ) -> dict[str, Any]:
     """Arguments of the model's `forward` that restore `noisy` (int64 [batch, length]); hidden states beyond `length`
     are of the clean copy. `clean` is looked at with blocks only; `segments` as in `forward`."""
+    level = masked_share(noisy, mask_id, block_size)
     if not block_size:
-        return {"tokens": noisy, "segments": segments, "causal": False}
+        return {"tokens": noisy, "segments": segments, "causal": False, "noise_level": level}
     length = noisy.shape[1]
     return {
         "tokens": torch.cat([noisy, clean], dim=1),
         "segments": None if segments is None else segments.repeat(1, 2),
         "positions": torch.arange(length, device=noisy.device).repeat(2),
         "mask": noisy_and_clean(length, block_size, noisy.device),
+        "noise_level": torch.cat([level, torch.zeros_like(level)], dim=1),
     }

@@ -93,6 +93,7 @@ class MaskedDiffusion:
         arguments = denoising_arguments(
             batch["noisy"],
             batch["tokens"][:, :-1],
+            mask_id=self.mask_id,
             block_size=self.spec.block_size,
             segments=batch.get("segments"),
         )
