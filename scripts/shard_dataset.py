@@ -28,7 +28,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -172,73 +172,89 @@ class Work:
                 part.finished, part.lines, part.bytes = part.finished + 1, 0, 0
 
 
-def shard_file(work: Work, file: int, source: Shard, *, limit: int, count: Callable[[int], None]) -> int:
-    """Read one file of the source, or its first `limit` rows (0 = all), into parts; the number of rows in them."""
-    settings = work.settings
+def shard_file(work: Work, file: int, source: Shard, *, limit: int | None, count: Callable[[int], None]) -> int:
+    """Read one file of the source, or its first `limit` rows, into parts; the number of rows in them."""
     make_directory(work.place(file))
     progress = work.progress(file)
-    if limit and progress.rows > limit:  # read when it was not known yet how many rows the files before it have
+    if limit is not None and progress.rows > limit:
         work.forget(file)
-        return shard_file(work, file, source, limit=limit, count=count)
+        make_directory(work.place(file))
+        progress = work.progress(file)
     count(progress.rows)
-    if progress.done or (limit and progress.rows == limit):
+    if progress.done or progress.rows == limit:
         return progress.rows
-    rows = islice(source.read(progress.rows), limit - progress.rows if limit else None)
+    texts = islice(source.read(progress.rows), None if limit is None else limit - progress.rows)
     while not progress.done:
-        pending: dict[str, list[bytes]] = {split: [] for split in settings.splits}
-        read = size = 0
-        progress.done = True
-        for text in rows:
-            line = settings.line(text)
-            pending[settings.split_of(file, progress.rows + read)].append(line)
-            read += 1
-            size += len(line)
-            progress.left_out += not line
-            progress.text_bytes += len(text.encode())
-            if read == ROWS_BETWEEN_NOTES or size >= BYTES_BETWEEN_NOTES:
-                progress.done = False
-                break
-        for split, lines in pending.items():
-            work.append(file, split, progress.parts[split], [line for line in lines if line])
-        progress.rows += read
-        # A file that was read up to a limit is not done: another call may want more of it.
-        progress.done = progress.done and not (limit and progress.rows == limit)
+        before = progress.rows
+        is_end = read_some(work, file, texts, progress)
+        # What was read up to a limit is not done: how many rows the whole file has is not known.
+        progress.done = is_end and progress.rows != limit
         work.note(file, progress)
-        count(read)
-        if limit and progress.rows == limit:
+        count(progress.rows - before)
+        if is_end:
             break
     return progress.rows
 
 
+def read_some(work: Work, file: int, texts: Iterator[str], progress: Progress) -> bool:
+    """Append rows until the next note is due or there are none; whether there are none."""
+    settings = work.settings
+    lines: dict[str, list[bytes]] = {split: [] for split in settings.splits}
+    size, last = 0, progress.rows + ROWS_BETWEEN_NOTES
+    while progress.rows < last and size < BYTES_BETWEEN_NOTES and (text := next(texts, None)) is not None:
+        line = settings.line(text)
+        if line:
+            lines[settings.split_of(file, progress.rows)].append(line)
+        size += len(line)
+        progress.rows += 1
+        progress.left_out += not line
+        progress.text_bytes += len(text.encode())
+    for split, part in progress.parts.items():
+        work.append(file, split, part, lines[split])
+    return progress.rows < last and size < BYTES_BETWEEN_NOTES
+
+
 def shard_files(work: Work, sources: Sequence[Shard], *, workers: int, say: Callable[[str], None]) -> list[int]:
     """Read the files of the source; the numbers of those that the result is made of."""
-    limit = work.settings.max_rows
     counter = Counter()
-    running: dict[Future[int], int] = {}
-    rows: dict[int, int] = {}
+    rows = {file: known.rows for file in range(len(sources)) if (known := work.progress(file)).done}
     waiting = iter(range(len(sources)))
-    used = 0
+    running: dict[Future[int], int] = {}
     pool = ThreadPoolExecutor(workers, thread_name_prefix="sharding")
+
+    def missing(file: int) -> int | None:
+        """Rows that `file` is to give, as far as is known before all files in front of it are read; None = all."""
+        if not work.settings.max_rows:
+            return None
+        before = [rows[other] for other in range(file) if other in rows]
+        return work.settings.max_rows - sum(before) if len(before) == file else work.settings.max_rows
+
+    def start(file: int, limit: int | None) -> Future[int]:
+        return pool.submit(shard_file, work, file, sources[file], limit=limit, count=counter.add)
+
     while True:
-        while used in rows and not (limit and sum(rows[file] for file in range(used)) >= limit):
-            used += 1
-        so_far = sum(rows[file] for file in range(used))
-        enough = bool(limit) and so_far >= limit
-        while len(running) < workers and not enough and (file := next(waiting, None)) is not None:
-            job = pool.submit(shard_file, work, file, sources[file], limit=limit, count=counter.add)
-            running[job] = file
+        while len(running) < workers and (file := next(waiting, None)) is not None:
+            limit = missing(file)
+            if limit is not None and limit <= 0:
+                waiting = iter(())
+                break
+            running[start(file, limit)] = file
         if not running:
             break
         finished, _ = wait(running, timeout=SECONDS_BETWEEN_LINES, return_when=FIRST_COMPLETED)
         for job in finished:
             rows[running.pop(job)] = job.result()
         say(f"{counter.value:,} rows, {len(rows)} of {len(sources)} files")
+    used: list[int] = []
+    for file in range(len(sources)):
+        limit = missing(file)
+        if limit is not None and limit <= 0:
+            break
+        used.append(file)
+        if limit is not None and rows[file] > limit:  # it was begun before the rows of those in front were known
+            rows[file] = start(file, limit).result()
     pool.shutdown()
-    if limit and used and so_far > limit:
-        # Files before the last are whole; the last is cut to what is missing, whatever was read of it meanwhile.
-        before = so_far - rows[used - 1]
-        shard_file(work, used - 1, sources[used - 1], limit=limit - before, count=counter.add)
-    return list(range(used))
+    return used
 
 
 class Counter:
