@@ -2,15 +2,31 @@
 
     uv run transformerlm-bench-tokenizer
     uv run transformerlm-bench-tokenizer 'benchmark.files=["corpus.txt"]' benchmark.megabytes=20
+    uv run transformerlm-bench-tokenizer 'benchmark.files=["large.txt"]' benchmark.megabytes=100 \
+        benchmark.grammar=false benchmark.machine=false 'benchmark.measure=["train", "memory"]'
 
-Speeds are of one thread and counted in processor time, which a busy machine disturbs less than the clock does; what
-runs on several threads is timed by the clock. `warm` means that the words of the text have been seen, `cold` that the
-encoder is new. Peers take part where they are installed (tiktoken, tokenizers, gigatoken, rustbpe); none is needed.
+What `benchmark.measure` names, all of it by default:
+
+- `encode`: megabytes a second in one thread; `cold`: the encoder is new, knows no word; `warm`: it has seen the text.
+- `calls`: microseconds for a call of 20 characters.
+- `decode`: megabytes a second, of an array of ids.
+- `threads`: how much sooner encoding and training are done with several threads than with one.
+- `files`: `encode_files` from disk, with one thread and with all, beside gigatoken's.
+- `train`: seconds in one thread, the text in memory.
+- `memory`: the largest memory of a process that reads the text, trains, and does nothing else.
+- `start`: a new process from the import to the first text encoded by the kernels, which are cached, as is the bytecode
+  of every module; beside `import numba` alone.
+
+Speeds of one thread are counted in processor time, which a busy machine disturbs less than the clock does; what runs on
+several threads, and the start, is timed by the clock. Kernels are compiled or loaded before anything is timed.
+
+Peers take part where they are installed, none is needed: tiktoken, tokenizers, gigatoken, rustbpe (trains only) and
+sentencepiece, whose ids are not compared, because it works on characters and cannot take our vocabulary.
+`tokenizer_peers.py` says how each is called.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import platform
@@ -27,21 +43,28 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from benchmarking.tokenizer_peers import (
+    OTHER_IDS,
+    OURS,
+    WITHOUT_MEMORY,
+    Encode,
+    encoders,
+    installed,
+    tiktoken_encoding,
+    train_with_ours,
+    trainers,
+)
 from config.specs import TokenizerBenchmarkSpec
 from trainkit.errors import UserError
 from transformerlm.tokenizer import readiness
-from transformerlm.tokenizer.pretokenizer import PATTERNS
 from transformerlm.tokenizer.specs import TokenizerTrainingSpec
 from transformerlm.tokenizer.tokenizer import Tokenizer
 from transformerlm.tokenizer.trainer import train_tokenizer
 
-OURS = "transformerlm"
 SHORT_TEXT = "Once upon a time, a "
 SHORT_CALLS = 2000
 SOURCES = (".py", ".md", ".rst", ".txt", ".h", ".c", ".html", ".js")
 
-Encode: TypeAlias = Callable[[str], Any]
-"""From text to ids, as fast as the peer does it when it is used from Python."""
 Results: TypeAlias = dict[str, dict[str, float]]
 """What was measured, then for each tokenizer: megabytes a second, microseconds or seconds."""
 
@@ -65,27 +88,35 @@ def benchmark(spec: TokenizerBenchmarkSpec) -> None:
     # Peers read these when they are imported. One thread each, until threads are what is measured.
     os.environ["RAYON_NUM_THREADS"] = os.environ["TOKENIZERS_PARALLELISM"] = "1"
     for name in ("compiled_encoder", "compiled_trainer"):
-        readiness.load(name)
+        readiness.load(name).warm_up()
     report = Report()
     corpora = dict(read_corpora(spec))
     if not corpora:
         raise UserError("there is no text to measure on; name some in benchmark.files, or set benchmark.grammar")
     tokenizer = subject(spec, corpora)
+    text = next(iter(corpora.values()))
     with tempfile.TemporaryDirectory() as folder:
+        # New processes find the bytecode of modules cached, as it is wherever Python is installed in the usual way.
+        os.environ["PYTHONDONTWRITEBYTECODE"] = ""
+        os.environ["PYTHONPYCACHEPREFIX"] = str(Path(folder) / "bytecode")
         directory = Path(folder) / "tokenizer"
         tokenizer.save(directory)
-        makers = encoders(tokenizer, directory)
-        for name, text in corpora.items():
-            encoding_speed(report, name, text, makers, spec.repeats)
-        text = next(iter(corpora.values()))
-        short_calls(report, makers, spec.repeats)
-        decoding_speed(report, tokenizer, directory, text, spec.repeats)
-        thread_speed(report, tokenizer, text, spec.repeats)
-        for name, text in corpora.items():
-            training_time(report, name, text, spec)
-        if spec.memory and Path("/proc/self/status").exists():
-            training_memory(report, text, spec.vocab_size)
-        start_up(report, directory, spec.repeats)
+        makers = encoders(tokenizer, directory, text)
+        for name, text_of_corpus in corpora.items() if "encode" in spec.measure else ():
+            encoding_speed(report, name, text_of_corpus, makers, spec.repeats)
+        for name, text_of_corpus in corpora.items() if "train" in spec.measure else ():
+            training_time(report, name, text_of_corpus, spec)
+        measurements: dict[str, Callable[[], None]] = {
+            "calls": lambda: short_calls(report, makers, spec.repeats),
+            "decode": lambda: decoding_speed(report, tokenizer, directory, text, spec.repeats),
+            "threads": lambda: thread_speed(report, tokenizer, text, spec),
+            "files": lambda: file_speed(report, tokenizer, directory, text, spec.repeats),
+            "memory": lambda: training_memory(report, text, spec.vocab_size),
+            "start": lambda: start_up(report, directory, spec.repeats),
+        }
+        for name, measure in measurements.items():
+            if name in spec.measure:
+                measure()
     print("\nids differ: " + ("; ".join(report.different) or "nowhere"))
     machine = {"processor": processor(), "python": platform.python_version(), "cores": os.cpu_count()}
     print(json.dumps({"machine": machine, "results": report.results, "different": report.different}))
@@ -140,32 +171,6 @@ def subject(spec: TokenizerBenchmarkSpec, corpora: Mapping[str, str]) -> Tokeniz
 # -- encoding ----------------------------------------------------------------------------------------------------------
 
 
-def encoders(tokenizer: Tokenizer, directory: Path) -> dict[str, Callable[[], Encode]]:
-    """For each tokenizer a function that makes a new encoder."""
-    makers: dict[str, Callable[[], Encode]] = {
-        OURS: lambda: partial(Tokenizer(tokenizer.vocabulary).encode, allowed_special="none")
-    }
-    if tiktoken := installed("tiktoken"):
-        makers["tiktoken"] = lambda: (
-            tiktoken.Encoding(
-                name="benchmark",
-                pat_str=PATTERNS[tokenizer.vocabulary.pattern],
-                mergeable_ranks=dict(tokenizer.vocabulary.tokens),
-                special_tokens={},
-            ).encode_ordinary
-        )
-    if gigatoken := installed("gigatoken"):
-        makers["gigatoken"] = lambda: gigatoken.Tokenizer(str(directory / "tokenizer.json")).encode
-    if tokenizers := installed("tokenizers"):
-        makers["tokenizers"] = partial(encode_with_tokenizers, tokenizers, directory / "tokenizer.json")
-    return makers
-
-
-def encode_with_tokenizers(tokenizers: Any, path: Path) -> Encode:
-    encoder = tokenizers.Tokenizer.from_file(str(path))
-    return lambda text: encoder.encode(text, add_special_tokens=False).ids
-
-
 def encoding_speed(
     report: Report, name: str, text: str, makers: Mapping[str, Callable[[], Encode]], repeats: int
 ) -> None:
@@ -178,12 +183,11 @@ def encoding_speed(
             encode = make()
             encode(SHORT_TEXT * 50)  # what is set up once does not count
             cold[peer].append(processor_seconds(partial(encode, text)))
-            ids: Any = None
-            if peer in ("tokenizers", "tiktoken"):  # they remember no words, so one run shows both
+            if peer in WITHOUT_MEMORY:
                 warm[peer] = cold[peer]
             else:
                 warm[peer].append(statistics.median(processor_seconds(partial(encode, text)) for _ in range(3)))
-            if len(cold[peer]) == 1:
+            if len(cold[peer]) == 1 and peer not in OTHER_IDS:
                 ids = np.asarray(encode(text))
                 if not np.array_equal(ids, expected):
                     report.different.append(f"{peer} on {name}")
@@ -208,8 +212,7 @@ def decoding_speed(report: Report, tokenizer: Tokenizer, directory: Path, text: 
     as_list = ids.tolist()
     decoders: dict[str, Callable[[], Any]] = {OURS: lambda: tokenizer.decode(ids)}
     if tiktoken := installed("tiktoken"):
-        ranks = dict(tokenizer.vocabulary.tokens)
-        encoding = tiktoken.Encoding(name="b", pat_str="a", mergeable_ranks=ranks, special_tokens={})
+        encoding = tiktoken_encoding(tiktoken, tokenizer)
         decoders["tiktoken"] = lambda: encoding.decode(as_list)
     if gigatoken := installed("gigatoken"):
         peer = gigatoken.Tokenizer(str(directory / "tokenizer.json"))
@@ -222,79 +225,75 @@ def decoding_speed(report: Report, tokenizer: Tokenizer, directory: Path, text: 
     report.add("decode", "MB/s", medians(speeds))
 
 
-def thread_speed(report: Report, tokenizer: Tokenizer, text: str, repeats: int) -> None:
+def thread_speed(report: Report, tokenizer: Tokenizer, text: str, spec: TokenizerBenchmarkSpec) -> None:
     """By the clock: how much sooner several threads are done."""
-    counts = sorted({1, 2, os.cpu_count() or 1})
-    seconds: dict[int, list[float]] = {threads: [] for threads in counts}
     long_text = text * max(1, 20_000_000 // len(text))
-    for _ in range(repeats + 1):
-        for threads in counts:
-            start = time.perf_counter()
-            tokenizer.encode(long_text, threads=threads)
-            seconds[threads].append(time.perf_counter() - start)
-    one = statistics.median(seconds[1][1:])
-    speedups = {f"{threads} threads": one / statistics.median(values[1:]) for threads, values in seconds.items()}
-    report.results["speed-up by threads"] = speedups
-    print("\nspeed-up by threads: " + ", ".join(f"{name} {value:.2f}×" for name, value in speedups.items()))
+    data = long_text.encode()
+    works: dict[str, Callable[[int], object]] = {
+        "encode": lambda threads: tokenizer.encode(long_text, threads=threads),
+        "train": lambda threads: train_with_ours(data, spec.vocab_size, threads),
+    }
+    counts = sorted({1, 2, os.cpu_count() or 1})
+    for name, work in works.items():
+        seconds: dict[int, list[float]] = {threads: [] for threads in counts}
+        for _ in range(spec.repeats + 1):
+            for threads in counts:
+                seconds[threads].append(clock_seconds(partial(work, threads)))
+        # The best of each: what else the machine does only ever adds to the time.
+        speedups = {f"{threads} threads": min(seconds[1]) / min(values) for threads, values in seconds.items()}
+        report.results[f"{name}, speed-up by threads"] = speedups
+        print(f"\n{name}, {len(data) / 1e6:.0f} MB, speed-up by threads: " + in_a_row(speedups))
+
+
+def file_speed(report: Report, tokenizer: Tokenizer, directory: Path, text: str, repeats: int) -> None:
+    """By the clock: a file of at least 20 MB to ids, which are let go as they come."""
+    path = directory.parent / "text"
+    path.write_text(text * max(1, 20_000_000 // len(text)), encoding="utf-8", newline="")
+    works: dict[str, Callable[[int], object]] = {
+        OURS: lambda threads: sum(map(len, tokenizer.encode_files([path], allowed_special="none", threads=threads)))
+    }
+    if gigatoken := installed("gigatoken"):
+        peer = gigatoken.Tokenizer(str(directory / "tokenizer.json"))
+        source = gigatoken.TextFileSource([str(path)])
+        works["gigatoken"] = lambda threads: peer.encode_files(source, parallel=threads != 1)
+    for label, threads in (("one thread", 1), ("all threads", 0)):
+        speeds: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(repeats + 1):
+            for name, work in works.items():
+                speeds[name].append(path.stat().st_size / 1e6 / clock_seconds(partial(work, threads)))
+        report.add(f"encode_files, {label}", "MB/s", medians(speeds))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
 def training_time(report: Report, name: str, text: str, spec: TokenizerBenchmarkSpec) -> None:
-    trainers = {OURS: partial(train_with_ours, text, spec.vocab_size)}
-    if gigatoken := installed("gigatoken"):
-        trainers["gigatoken"] = partial(gigatoken.train_bpe, text.encode(), spec.vocab_size, ["<|endoftext|>"])
-    if rustbpe := installed("rustbpe"):
-        trainers["rustbpe"] = partial(train_with_rustbpe, rustbpe, text, spec.vocab_size)
-    if tokenizers := installed("tokenizers"):
-        trainers["tokenizers"] = partial(train_with_tokenizers, tokenizers, text, spec.vocab_size)
-    seconds: dict[str, list[float]] = {peer: [] for peer in trainers}
+    data = text.encode()
+    ready = {peer: prepare() for peer, prepare in trainers(data, spec.vocab_size).items()}
+    seconds: dict[str, list[float]] = {peer: [] for peer in ready}
     for _ in range(spec.training_repeats):
-        for peer, train in trainers.items():
+        for peer, train in ready.items():
             seconds[peer].append(processor_seconds(train))
-    megabytes = len(text.encode()) / 1e6
-    what = f"train on {name}, {megabytes:.1f} MB, {spec.vocab_size} ids, one thread"
+    what = f"train on {name}, {len(data) / 1e6:.1f} MB, {spec.vocab_size} ids, one thread"
     report.add(what, "s", medians(seconds), more_is_better=False)
 
 
-def train_with_ours(text: str, vocab_size: int) -> None:
-    spec = TokenizerTrainingSpec(vocab_size=vocab_size, special_tokens=("<|endoftext|>",), allow_smaller=True)
-    train_tokenizer([text], spec, threads=1)
-
-
-def train_with_rustbpe(rustbpe: Any, text: str, vocab_size: int) -> None:
-    rustbpe.Tokenizer().train_from_iterator([text], vocab_size - 1, pattern=PATTERNS["gpt2"])
-
-
-def train_with_tokenizers(tokenizers: Any, text: str, vocab_size: int) -> None:
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    # In lines, which it prefers by far to one long text.
-    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
-
-
-MEMORY_OF = {
-    OURS: "from benchmarking.bench_tokenizer import train_with_ours as t; t(text, size)",
-    "gigatoken": "import gigatoken; gigatoken.train_bpe(text.encode(), size, ['<|endoftext|>'])",
-}
-
-
 def training_memory(report: Report, text: str, vocab_size: int) -> None:
-    """The largest memory of a process that reads the text, trains, and does nothing else."""
+    if not Path("/proc/self/status").exists():
+        print("\nmemory is measured on Linux only")
+        return
     with tempfile.NamedTemporaryFile() as file:
         file.write(text.encode())
         file.flush()
-        read = f"text = open({file.name!r}, encoding='utf-8').read(); size = {vocab_size}\n"
         peaks: dict[str, float] = {}
-        for peer, train in MEMORY_OF.items():
-            if peer == OURS or installed(peer):
-                peaks[peer] = peak_megabytes(read + train)
-    report.add("training, largest memory of the process", "MB", peaks, more_is_better=False)
+        for peer in trainers(b"", vocab_size):
+            code = (
+                "from benchmarking.tokenizer_peers import trainers\n"
+                f"trainers(open({file.name!r}, 'rb').read(), {vocab_size})[{peer!r}]()()"
+            )
+            peaks[peer] = min(peak_megabytes(code) for _ in range(2))  # the first one may write bytecode
+    what = f"training on {len(text) / 1e6:.1f} MB, largest memory of the process"
+    report.add(what, "MB", peaks, more_is_better=False)
 
 
 def peak_megabytes(code: str) -> float:
@@ -307,37 +306,42 @@ def peak_megabytes(code: str) -> float:
 
 
 def start_up(report: Report, directory: Path, repeats: int) -> None:
-    """A new process: `import numba`; the same up to the first long text encoded; and up to the first short one."""
+    """New processes, by the clock: `import numba`; to the first text encoded by the kernels; to the first short one."""
     load = f"from transformerlm.tokenizer.tokenizer import Tokenizer; t = Tokenizer.load({str(directory)!r})\n"
+    size = readiness.LOADING_COST  # the shortest text for which the kernels are loaded
     programs = {
         "import numba": "import numba",
-        "first long text": load + "t.encode('Once upon a time. ' * 200_000)",
+        "first text by kernels": load + f"t.encode('Once upon a time. ' * {size // 18 + 1})",
         "first short text": load + "t.encode('Once upon a time.')",
     }
     seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(2 * repeats + 1):
+    for _ in range(2 * repeats + 2):
         for name, code in programs.items():
-            timed = f"import time; start = time.process_time()\n{code}\nprint(time.process_time() - start)"
+            timed = f"import time; start = time.perf_counter()\n{code}\nprint(time.perf_counter() - start)"
             seconds[name].append(float(run_python(timed).split()[-1]))
-    values = medians(seconds)
+    values = medians({name: times[1:] for name, times in seconds.items()})
+    values["over import numba"] = values["first text by kernels"] - values["import numba"]
     report.results["start-up [s]"] = values
-    print("\nstart-up [s]: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
+    print("\nstart-up [s]: " + in_a_row(values))
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------
-
-
-def installed(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
 
 
 def processor_seconds(call: Callable[[], object]) -> float:
     start = time.process_time()
     call()
     return time.process_time() - start
+
+
+def clock_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def in_a_row(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
 
 
 def medians(values: Mapping[str, list[float]]) -> dict[str, float]:

@@ -22,8 +22,8 @@ def run(loaded: Loaded[BenchTokenizerConfig], arguments: argparse.Namespace) -> 
 
 COMMAND = Command(
     name="transformerlm-bench-tokenizer",
-    summary="Speed, memory and start-up of the tokenizer beside tiktoken, tokenizers, gigatoken and rustbpe, "
-    "where they are installed: the same texts in turns, ids compared, ratios printed, JSON last.",
+    summary="Speed, memory and start-up of the tokenizer beside tiktoken, tokenizers, gigatoken, rustbpe and "
+    "sentencepiece, where they are installed: the same texts in turns, ids compared, ratios printed, JSON last.",
     schema=BenchTokenizerConfig,
     default_config="bench_tokenizer",
     run=run,

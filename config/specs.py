@@ -101,6 +101,9 @@ class ArtifactsSpec:
     """Type of a stored token; `auto` takes the smallest that holds the vocabulary."""
 
 
+TokenizerMeasurement = Literal["encode", "calls", "decode", "threads", "files", "train", "memory", "start"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizerBenchmarkSpec:
     """What is measured, and on which texts."""
@@ -121,8 +124,10 @@ class TokenizerBenchmarkSpec:
     """Rounds of encoding and decoding; medians are reported."""
     training_repeats: Annotated[int, Ge(1)] = 1
     """Rounds of training."""
-    memory: bool = True
-    """Measure the memory of training, too."""
+    measure: tuple[TokenizerMeasurement, ...] = (
+        "encode", "calls", "decode", "threads", "files", "train", "memory", "start",
+    )  # fmt: skip
+    """What to measure; the top of benchmarking/bench_tokenizer.py explains each."""
 
 
 # -- evaluation
