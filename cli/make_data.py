@@ -6,12 +6,15 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cli.common import Command, run_command
-from cli.corpora import Split
 from config.loading import Loaded
 from config.schemas import MakeDataConfig
 from trainkit.errors import EXIT_USAGE, UserError
+
+if TYPE_CHECKING:
+    from trainkit.data.splits import Split
 
 QUIET_SECONDS = 2.0
 """Work that is shorter than this shows no progress."""
@@ -57,12 +60,15 @@ def _run(loaded: Loaded[MakeDataConfig], arguments: argparse.Namespace) -> None:
     prefixes: dict[Split, str] = {
         "train": config.output.train_prefix,
         "val": config.output.val_prefix,
+        "test": config.output.test_prefix,
     }
-    if prefixes["train"] == prefixes["val"]:
-        raise UserError(f"output.train_prefix and output.val_prefix are both {prefixes['val']}; name two", EXIT_USAGE)
+    named = [prefix for prefix in prefixes.values() if prefix]
+    if twice := [prefix for prefix in named if named.count(prefix) > 1]:
+        raise UserError(f"two of output.train_prefix, val_prefix and test_prefix are {twice[0]}; name two", EXIT_USAGE)
     if arguments.workers < 0:
         raise UserError("--workers must be at least 0", EXIT_USAGE)
-    from cli.token_files import build_token_files, has_split
+    from cli.corpora import has_split
+    from cli.token_files import build_token_files
     from trainkit.data.megatron import verify
 
     wanted: dict[Split, str] = {
@@ -120,7 +126,7 @@ COMMAND = Command(
         "corpus.kind=files 'corpus.train_paths=[\"train.jsonl\"]' 'corpus.val_paths=[\"val.txt\"]'",
         "--verify",
     ),
-    useful=("tokenizer.path", "output.train_prefix", "output.val_prefix", "output.dtype"),
+    useful=("tokenizer.path", "output.train_prefix", "output.val_prefix", "output.test_prefix", "output.dtype"),
     flags={"--tokenizer": "tokenizer.path"},
     add_arguments=_add_arguments,
 )

@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cli.corpora import Split, fingerprint, open_documents
+from cli.corpora import fingerprint, local_paths, num_stories, open_documents
 from config.corpora import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
 from trainkit.data.megatron import IndexedTokens, bin_path, idx_path, smallest_dtype, verify
 from trainkit.data.megatron_writer import IndexedWriter
+from trainkit.data.splits import Split
 from trainkit.data.token_manifest import TokenManifest, manifest_path, read_manifest
 from trainkit.errors import UserError
 from transformerlm.tokenizer.tokenizer import Tokenizer
@@ -81,19 +82,6 @@ class TokenFiles:
     manifest: TokenManifest
     reused: bool
     """The files were there already and match; nothing was written."""
-
-
-def has_split(corpus: CorpusSpec, split: Split) -> bool:
-    """Whether the corpus has documents of this split to make files from."""
-    if split == "train":
-        return True
-    match corpus:
-        case GrammarCorpusSpec():
-            return corpus.num_val_stories > 0
-        case FilesCorpusSpec():
-            return bool(corpus.val_paths) or corpus.validation_fraction > 0
-        case HubCorpusSpec():
-            return bool(corpus.val_split)
 
 
 def build_token_files(
@@ -189,12 +177,11 @@ def _matching(
 def _estimated_bytes(corpus: CorpusSpec, split: Split) -> int:
     match corpus:
         case GrammarCorpusSpec():
-            return BYTES_PER_STORY * (corpus.num_train_stories if split == "train" else corpus.num_val_stories)
+            return BYTES_PER_STORY * num_stories(corpus, split)
         case FilesCorpusSpec():
             from trainkit.data.documents import list_files
 
-            paths = corpus.val_paths if split == "val" and corpus.val_paths else corpus.train_paths
-            return sum(path.stat().st_size for path in list_files(paths))
+            return sum(path.stat().st_size for path in list_files(local_paths(corpus, split)))
         case HubCorpusSpec():
             return available_cores() * WORTH_A_WORKER
 
@@ -216,7 +203,7 @@ def _chunks(corpus: CorpusSpec, split: Split, done: Done) -> Iterator[Chunk]:
         return _text_chunks(_without(done, open_documents(corpus, split)))
     from transformerlm.corpus.stories import split_seed
 
-    count = corpus.num_train_stories if split == "train" else corpus.num_val_stories
+    count = num_stories(corpus, split)
     seed = split_seed(corpus.seed, split)
     starts = range(done.documents, count, CHUNK_STORIES)
     return (Stories(seed, range(start, min(start + CHUNK_STORIES, count))) for start in starts)

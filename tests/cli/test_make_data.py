@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 
 from cli import make_data, token_files
-from cli.corpora import Split, fingerprint, open_documents
-from cli.token_files import build_token_files, has_split
+from cli.corpora import fingerprint, has_split, open_documents
+from cli.token_files import build_token_files
 from config.corpora import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
 from trainkit.data.megatron import IndexedTokens
 from trainkit.data.megatron_writer import IndexedWriter
+from trainkit.data.splits import Split
 from trainkit.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, UserError
 from transformerlm.corpus.stories import sample, split_seed
 from transformerlm.tokenizer.specs import TokenizerTrainingSpec
@@ -182,6 +183,12 @@ def test_a_dtype_that_is_too_small_is_refused_before_the_work() -> None:
         token_files._dtype("uint16", 65_537)
 
 
+def test_the_test_split_has_files_of_its_own(tmp_path: Path, tokenizer_path: Path) -> None:
+    assert make_data.main(arguments(tmp_path, tokenizer_path, "corpus.num_test_stories=3")) == 0
+    assert len(IndexedTokens.open(tmp_path / "test")) == 3
+    assert make_data.main(arguments(tmp_path, tokenizer_path, "corpus.num_test_stories=3", "--verify")) == 0
+
+
 def test_which_splits_there_are() -> None:
     paths = ("x.txt",)
     assert has_split(GrammarCorpusSpec(), "val") and not has_split(GrammarCorpusSpec(num_val_stories=0), "val")
@@ -319,7 +326,7 @@ def test_hub_documents_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def arguments(folder: Path, tokenizer_path: Path, *more: str) -> list[str]:
-    outputs = [f"output.train_prefix={folder / 'train'}", f"output.val_prefix={folder / 'val'}"]
+    outputs = [f"output.{split}_prefix={folder / split}" for split in ("train", "val", "test")]
     stories = ["corpus.num_train_stories=5", "corpus.num_val_stories=2"]
     return [f"tokenizer.path={tokenizer_path}", *outputs, *([] if "corpus.kind=files" in more else stories), *more]
 
@@ -345,7 +352,7 @@ def test_command(tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFix
     ("more", "code", "words"),
     [
         (["tokenizer.path=none"], EXIT_FAILURE, "no tokenizer at none"),
-        (["output.val_prefix=same", "output.train_prefix=same"], EXIT_USAGE, "both same"),
+        (["output.val_prefix=same", "output.train_prefix=same"], EXIT_USAGE, "val_prefix and test_prefix are same"),
         (["--workers", "-1"], EXIT_USAGE, "--workers"),
         (["--workers", "many"], EXIT_USAGE, "--workers"),
         (["corpus.kind=files", 'corpus.train_paths=["none.txt"]'], EXIT_FAILURE, "none.txt does not exist"),

@@ -141,8 +141,10 @@ def damage(prefix: Path, rng: random.Random) -> str:
     """Change one of the three files at random; returns what was done."""
     path = Path(f"{prefix}{rng.choice(SUFFIXES)}")
     content = bytearray(path.read_bytes())
-    kind = rng.choice(("flip", "cut", "grow", "zero", "swap"))
-    if kind == "flip":
+    kind = rng.choice(("flip", "cut", "grow", "zero", "swap", "other"))
+    if kind == "other":  # the file of another prefix
+        content = bytearray(Path(f"{prefix.with_name('other')}{path.suffix}").read_bytes())
+    elif kind == "flip":
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     elif kind == "cut":
         del content[rng.randrange(len(content)) :]
@@ -158,19 +160,23 @@ def damage(prefix: Path, rng: random.Random) -> str:
     return f"{kind} {path.suffix}"
 
 
-def test_random_corruptions_are_refused(tmp_path: Path):
+def test_a_thousand_random_corruptions_are_refused(tmp_path: Path):
     rng = random.Random(5)
-    documents = [[rng.randrange(1, 1000) for _ in range(rng.randrange(1, 40))] for _ in range(20)]
-    good = write(tmp_path / "good", documents, tokenizer="abc").prefix
+    lengths = [rng.randrange(1, 40) for _ in range(20)]
+    # The other prefix has the same lengths: only the content of its `.bin` and its manifest differ.
+    good, _ = (
+        write(tmp_path / name, [[rng.randrange(1, 1000) for _ in range(n)] for n in lengths], tokenizer="abc").prefix
+        for name in ("good", "other")
+    )
     original = {suffix: Path(f"{good}{suffix}").read_bytes() for suffix in SUFFIXES}
     refused = 0
-    while refused < 200:
+    while refused < 1000:
         prefix = tmp_path / "bad"
         for suffix, content in original.items():
             Path(f"{prefix}{suffix}").write_bytes(content)
         what = damage(prefix, rng)
         if all(Path(f"{prefix}{suffix}").read_bytes() == content for suffix, content in original.items()):
-            continue
+            continue  # zeros over zeros, the index of equal lengths
         if what.endswith(".json"):
             try:
                 same = json.loads(manifest_path(prefix).read_bytes()) == json.loads(original[".json"])
