@@ -10,13 +10,16 @@ import io
 import json
 import logging
 import os
+import random
 import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -414,6 +417,59 @@ def case_caches_take_precedence(c: Client) -> None:
     with environment(HF_HOME=str(c.folder / "cache-none")):
         everything(c.open("lines"))
         assert places() == {"cache-home", "cache-b", "cache-a"}, "a stream without a named cache keeps nothing"
+
+
+def case_random_troubles_from_random_rows(c: Client) -> None:
+    chance = random.Random(7)
+    documents = {name: c.open(name) for name in ("parquet", "jsonl", "gzip")}
+    for _ in range(60):
+        c = Client(c.hub, c.folder)
+        c.hub.troubles[:] = [
+            Trouble(
+                "train-",
+                chance.choice(["status", "reset", "truncate"]),
+                status=chance.choice([408, 429, 500, 502, 503, 504]),
+                after=chance.randrange(60_000),
+                times=chance.randint(1, 3),
+                skip=chance.randrange(3),
+            )
+            for _ in range(chance.randint(1, 4))
+        ]
+        name, number, start = chance.choice(list(documents)), chance.randrange(2), chance.randrange(1300)
+        rows = (HALF, REST)[number]
+        found = list(islice(documents[name].shards[number].read(start), chance.choice([None, 1, 200])))
+        assert found == rows[start:][: len(found)] and found, (name, start)
+
+
+def case_a_wrong_address_is_refused_at_once(c: Client) -> None:
+    import huggingface_hub.constants as constants
+
+    before = constants.HUGGINGFACE_CO_URL_TEMPLATE, constants.ENDPOINT
+    gone = HubFile("org/jsonl", SHA, "train-1.jsonl")
+    try:
+        constants.HUGGINGFACE_CO_URL_TEMPLATE = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("http://", "ftp://")
+        constants.ENDPOINT = constants.ENDPOINT.replace("http://", "ftp://")
+        c.refused("HF_ENDPOINT", act=gone.open(c.network, buffer_size=100).read)
+    finally:
+        constants.HUGGINGFACE_CO_URL_TEMPLATE, constants.ENDPOINT = before
+
+
+def case_ranks_that_want_one_file_fetch_it_once(c: Client) -> None:
+    def fetched(threads: int) -> int:
+        c.hub.requests.clear()
+        cache = str(c.folder / str(threads))
+        place = Path(cache)
+        with ThreadPoolExecutor(threads) as pool:
+            jobs = [pool.submit(c.open, "gzip", streaming=False, cache_dir=cache, revision=SHA) for _ in range(threads)]
+            for job in jobs:
+                check_rows(job.result())
+        # What a killed process has left does not harm the next one.
+        for file in place.rglob("*.arrow"):
+            file.rename(file.with_name(f".{file.name}.tmp-"))
+        check_rows(c.open("gzip", streaming=False, cache_dir=cache, revision=SHA))
+        return sum("train-" in request for request in c.hub.requests)
+
+    assert fetched(1) == fetched(4)
 
 
 def case_a_damaged_or_read_only_cache_is_one_sentence(c: Client) -> None:

@@ -21,7 +21,7 @@ import logging
 import os
 from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, islice
@@ -110,7 +110,8 @@ def resolve_revision(name: str, revision: str = "", *, cache_dir: str = "", netw
         return commit
 
     commit = retry(ask, network.trouble(_what(name, revision)))
-    write_json(note, {"dataset": name, "revision": revision, "commit": commit})
+    with suppress(UserError):  # a stream that keeps nothing needs no place to write to
+        write_json(note, {"dataset": name, "revision": revision, "commit": commit})
     return commit
 
 

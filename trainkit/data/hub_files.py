@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 # What says in any HTTP library that trying again is of no use; their other errors are troubles of the network.
-_PERMANENT_ERRORS = {"UnsupportedProtocol", "InvalidURL", "TooManyRedirects", "LocalProtocolError"}
+_PERMANENT_ERRORS = {
+    *("UnsupportedProtocol", "InvalidURL", "TooManyRedirects", "LocalProtocolError", "SSLCertVerificationError"),
+    *("MissingSchema", "InvalidSchema"),  # of `requests`
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +168,7 @@ def explain(error: BaseException, what: str) -> UserError | TransientError:
         if isinstance(cause, HfHubHTTPError):
             return _explain_status(cause.response, what)
     if any(type(cause).__name__ in _PERMANENT_ERRORS for cause in causes):
-        return UserError(f"cannot read {what}: {_short(error)}; check HF_ENDPOINT")
+        return UserError(f"cannot read {what}: {_short(error)}; check HF_ENDPOINT and the proxy")
     if any(_is_network_error(cause) for cause in causes):
         return TransientError(_short(causes[-1]))
     return UserError(f"cannot read {what}: {_short(error)}")
