@@ -3,7 +3,7 @@
 One state is in flight at a time: a second `save` waits until the first is on the disk, so that beside the state itself
 at most two copies exist (one being written, or waiting for a disk that is full, and the one just taken). What cannot be
 written is tried again, later and later, until it works or a newer state takes its place; the run learns of it by a
-message. The end of the run waits for everything.
+message. The end of the run waits for everything, the copies on another machine (`trainkit.remote`) included.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Self
 
 from trainkit.checkpoints import CheckpointStore, Snapshot, copy_to_host, save_checkpoint
 from trainkit.errors import UserError
+from trainkit.remote import Mirror, open_remote
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0
 """Seconds before a failed save is tried again: doubled each time, up to the second."""
@@ -36,6 +37,8 @@ class CheckpointWriter:
         self._lost: str | None = None
         self._bug: BaseException | None = None
         self._thread: threading.Thread | None = None
+        spec = store.spec
+        self._mirror = Mirror(open_remote(spec.remote), store.root, spec) if spec.remote else None
         self.newest: Path | None = None
         """The newest checkpoint that this writer has written."""
 
@@ -58,7 +61,8 @@ class CheckpointWriter:
 
     def messages(self) -> list[str]:
         """What there is to tell since the last call."""
-        return [self._messages.get() for _ in range(self._messages.qsize())]
+        own = [self._messages.get() for _ in range(self._messages.qsize())]
+        return own + (self._mirror.messages() if self._mirror else [])
 
     def close(self) -> None:
         """Write what is left. Raises `UserError` when that fails again and again."""
@@ -66,6 +70,8 @@ class CheckpointWriter:
             self._handed_over.put(None)
             self._thread.join()
             self._thread = None
+        if self._mirror is not None:
+            self._mirror.close()
         if self._bug is not None:
             raise self._bug
         if self._lost is not None:
@@ -129,6 +135,8 @@ class CheckpointWriter:
         """What went wrong; `None` when the checkpoint is there."""
         try:
             self.newest = save_checkpoint(self._store, snapshot)
+            if self._mirror is not None:
+                self._mirror.wake()
         except (UserError, OSError) as error:
             return str(error)
         return None

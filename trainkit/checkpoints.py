@@ -179,14 +179,19 @@ def checkpoint_step(path: Path) -> int:
 
 
 def find_newest_intact(store: CheckpointStore) -> Path | None:
-    """The newest checkpoint that verifies; each damaged one on the way is reported and passed over."""
+    """The newest checkpoint of one's own run that verifies; each damaged one on the way is reported and passed over."""
     if store.root.is_dir():
         remove_leftovers(store.root)
-    for path in reversed(list_checkpoints(store.root)):
+    return newest_intact(store.root, store.report)
+
+
+def newest_intact(root: Path, report: Callable[[str], None]) -> Path | None:
+    """The same for a directory that may have another writer: nothing in it is touched."""
+    for path in reversed(list_checkpoints(root)):
         try:
             verify_directory(path)
         except UserError as error:
-            store.report(f"{error}; trying an older checkpoint")
+            report(f"{error}; trying an older checkpoint")
         else:
             return path
     return None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainkit.checkpoints import CheckpointStore, list_checkpoints, model_tensors
 from trainkit.errors import UserError
+from trainkit.remote import open_remote
 
 
 def estimate_checkpoint_bytes(model: nn.Module, average: Mapping[str, Tensor]) -> int:
@@ -19,8 +20,10 @@ def estimate_checkpoint_bytes(model: nn.Module, average: Mapping[str, Tensor]) -
     return sum(t.numel() * t.element_size() for t in tensors) + optimizer
 
 
-def check_disk_space(store: CheckpointStore, checkpoint_bytes: int) -> str | None:
+def check_checkpoint_places(store: CheckpointStore, checkpoint_bytes: int) -> str | None:
     """Raises `UserError` when not even one more checkpoint fits; returns a warning when retention's share does not."""
+    if store.spec.remote:
+        open_remote(store.spec.remote)  # refuses what no package can open
     place = next(folder for folder in (store.root, *store.root.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if free < checkpoint_bytes:

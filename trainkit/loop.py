@@ -23,7 +23,7 @@ from profiling import nvtx
 from trainkit.averaging import averaged_weights, start_average, update_average
 from trainkit.checkpoint_writer import CheckpointWriter
 from trainkit.checkpoints import CheckpointStore, Snapshot, load_model_tensors, model_tensors, non_finite_tensors
-from trainkit.disk_space import check_disk_space, estimate_checkpoint_bytes
+from trainkit.disk_space import check_checkpoint_places, estimate_checkpoint_bytes
 from trainkit.distribution import StopVote, World, any_rank, gather_over_ranks, main_first
 from trainkit.errors import EXIT_USAGE, UserError
 from trainkit.meter import Meter, Totals, means
@@ -367,7 +367,7 @@ def _writing(run: Run, state: _State) -> Generator[None]:
         yield
         return
     size = estimate_checkpoint_bytes(state.replica.module, state.average)
-    warning = main_first(lambda: check_disk_space(store, size), run.world)
+    warning = main_first(lambda: check_checkpoint_places(store, size), run.world)
     if warning:
         run.log.message(warning)
     if not run.world.is_main:

@@ -165,6 +165,20 @@ class CheckpointSpec:
     """Also keep each checkpoint whose step is a multiple of this; 0 = none."""
     save_optimizer: bool = True
     """Write the optimizer's state: needed to resume, not to infer."""
+    remote: str = ""
+    """Where checkpoints are copied to as well: an fsspec URL such as `s3://bucket/folder`; empty = nowhere. A run whose
+    folder is empty resumes from there."""
+    resume_from: str = ""
+    """Checkpoint of another run from which a new run goes on: its step folder, its run folder, or `…/checkpoints/best`
+    or `latest`. Once the run has a checkpoint of its own, it goes on from that."""
+    resume_optimizer: bool = True
+    """Take over the optimizer's state with `resume_from`; `false` starts it anew."""
+    init_from: str = ""
+    """Checkpoint whose weights a new run begins with, at its own step 0; named as for `resume_from`."""
+
+    def __post_init__(self) -> None:
+        if self.resume_from and self.init_from:
+            raise ValueError("has both resume_from and init_from: a run begins from one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

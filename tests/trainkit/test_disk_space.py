@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trainkit.checkpoints import CheckpointStore, Snapshot, model_tensors, save_checkpoint
-from trainkit.disk_space import check_disk_space, estimate_checkpoint_bytes
+from trainkit.disk_space import check_checkpoint_places, estimate_checkpoint_bytes
 from trainkit.errors import UserError
 from trainkit.optimizers import build_optimizer, optimizer_tensors
 from trainkit.specs import AdamWSpec, CheckpointSpec
@@ -39,12 +39,12 @@ def test_no_room_is_refused_little_room_is_told_and_old_checkpoints_make_room(
     store, size = CheckpointStore(tmp_path / "run" / "checkpoints", CheckpointSpec(keep_last=2)), 2**20
     with_free(monkeypatch, 2**20 - 1)
     with pytest.raises(UserError, match=r"takes about 1\.0 MiB, but .* has 1\.0 MiB left; free some space"):
-        check_disk_space(store, size)
+        check_checkpoint_places(store, size)
     with_free(monkeypatch, 4 * 2**20 - 1)
-    told = check_disk_space(store, size)
+    told = check_checkpoint_places(store, size)
     assert told is not None and "up to 4 checkpoints of about 1.0 MiB" in told and not store.root.exists()
     (store.root / "step-00000010").mkdir(parents=True)
     (store.root / "step-00000010" / "model.safetensors").write_bytes(b"x")
-    assert check_disk_space(store, size) is None
+    assert check_checkpoint_places(store, size) is None
     with_free(monkeypatch, 4 * 2**20)
-    assert check_disk_space(CheckpointStore(tmp_path / "new", CheckpointSpec(keep_last=2)), size) is None
+    assert check_checkpoint_places(CheckpointStore(tmp_path / "new", CheckpointSpec(keep_last=2)), size) is None

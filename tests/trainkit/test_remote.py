@@ -1,0 +1,156 @@
+"""The second home of checkpoints: complete or absent there too, behind when it must, never in the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from trainkit import remote as remote_module
+from trainkit.beginnings import choose_beginning
+from trainkit.checkpoint_writer import CheckpointWriter
+from trainkit.checkpoints import CheckpointStore, Snapshot, list_checkpoints, load_snapshot, save_checkpoint
+from trainkit.errors import UserError
+from trainkit.remote import Remote, fetch_newest, mirror, open_remote
+from trainkit.specs import CheckpointSpec
+
+
+@pytest.fixture(params=["file", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[str]:
+    yield f"file://{tmp_path}/far/run" if request.param == "file" else "memory://far/run"
+    if request.param == "memory":
+        fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_module, "LAST_PAUSE", 0.01)
+    monkeypatch.setattr(remote_module, "RETRY_SECONDS", 0.01)
+
+
+def write_assets(directory: Path) -> None:
+    (directory / "tokenizer").mkdir()
+    (directory / "tokenizer" / "vocab.json").write_text("{}")
+
+
+def store(root: Path, url: str, messages: list[str] | None = None, **spec: Any) -> CheckpointStore:
+    report = (messages if messages is not None else []).append
+    return CheckpointStore(root, CheckpointSpec(remote=url, **spec), write_assets=write_assets, report=report)
+
+
+def state(step: int, best: int | None = None) -> Snapshot:
+    trainer = {"step": step, "best": {"step": best} if best else {}}
+    return Snapshot(trainer, {"weight": torch.full((4,), float(step))})
+
+
+def content(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_what_is_kept_here_is_kept_there_and_comes_back_to_the_bit(tmp_path: Path, url: str) -> None:
+    with CheckpointWriter(store(tmp_path / "near", url, keep_last=2)) as writer:
+        for step in range(1, 7):
+            writer.save(state(step, best=2 if step >= 2 else None))
+    assert writer.messages() == []
+    assert [path.name[-1] for path in list_checkpoints(tmp_path / "near")] == ["2", "5", "6"]
+    assert open_remote(url).steps() == [2, 5, 6]
+    wanted = content(tmp_path / "near" / "step-00000006")
+
+    shutil.rmtree(tmp_path / "near")
+    messages: list[str] = []
+    beginning = choose_beginning(store(tmp_path / "near", url, messages))
+    assert beginning.kind == "own" and beginning.path.name == "step-00000006"
+    assert content(beginning.path) == wanted and messages == [f"fetched step-00000006 from {url}"]
+
+
+def overwrite(remote: Remote, name: str, change: Any) -> None:
+    path = f"{remote.folder}/{name}"
+    remote.files.pipe_file(path, change(remote.files.cat_file(path)))
+
+
+def test_damage_there_is_named_and_passed_over(tmp_path: Path, url: str) -> None:
+    place, remote = store(tmp_path / "near", url, keep_last=9), open_remote(url)
+    for step in (1, 2, 3, 4):
+        save_checkpoint(place, state(step))
+    assert mirror(remote, place.root, place.spec) == [4, 3, 2, 1]
+    overwrite(remote, "step-00000004/model.safetensors", lambda data: data[:-1] + b"x")
+    overwrite(remote, "step-00000003/manifest.json", lambda data: data.replace(b'"step": 3', b'"step": 7'))
+    remote.files.rm_file(f"{remote.folder}/step-00000002/manifest.json")
+    path, problems = fetch_newest(remote, tmp_path / "other")
+    assert path is not None and load_snapshot(path).trainer["step"] == 1
+    assert len(problems) == 2 and "model.safetensors" in problems[0] and "step-00000003" in problems[1]
+    shutil.rmtree(place.root)
+    assert choose_beginning(place).path.name == "step-00000001"
+    assert not [entry for entry in place.root.iterdir() if "tmp-" in entry.name and entry.name < "."]
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_an_upload_that_breaks_off_is_nothing_and_the_next_round_makes_up_for_it(
+    tmp_path: Path, url: str, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, remote = store(tmp_path / "near", url, keep_last=9), open_remote(url)
+    save_checkpoint(place, state(1))
+    mirror(remote, place.root, place.spec)
+    save_checkpoint(place, state(2))
+    left, put = [after], remote.files.put_file
+
+    def breaks(*arguments: Any, **more: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError("connection reset")
+        put(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote.files, "put_file", breaks)
+        if after < 3:
+            with pytest.raises(OSError, match="connection reset"):
+                mirror(remote, place.root, place.spec)
+            assert remote.steps() == [1]
+    mirror(remote, place.root, place.spec)
+    assert remote.steps() == [1, 2]
+    shutil.rmtree(place.root)
+    assert choose_beginning(place).path.name == "step-00000002"
+
+
+def test_a_network_that_is_down_never_stops_the_run(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def down(self: Remote) -> list[int]:
+        raise ConnectionError("no route to host")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Remote, "steps", down)
+        with CheckpointWriter(store(tmp_path / "near", url, keep_last=9)) as writer:
+            writer.save(state(1))
+            writer.save(state(2))
+    assert [path.name[-1] for path in list_checkpoints(tmp_path / "near")] == ["1", "2"]
+    assert all("no route to host" in text for text in writer.messages()) and writer.newest is not None
+    with CheckpointWriter(store(tmp_path / "near", url, keep_last=9)) as writer:
+        writer.save(state(3))
+    assert open_remote(url).steps() == [1, 2, 3]
+
+
+def test_a_url_that_nothing_opens_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r'checkpoint\.remote = "nowhere://x" cannot be opened'):
+        open_remote("nowhere://x")
+
+
+def test_a_manifest_that_leads_elsewhere_is_refused(tmp_path: Path, url: str) -> None:
+    place, remote = store(tmp_path / "near", url), open_remote(url)
+    save_checkpoint(place, state(1))
+    mirror(remote, place.root, place.spec)
+
+    def lead_astray(data: bytes) -> bytes:
+        manifest = json.loads(data)
+        manifest.pop("checksum")
+        return json.dumps({**manifest, "format": 1, "files": {"../evil": {"bytes": 1, "sha256": ""}}}).encode()
+
+    overwrite(remote, "step-00000001/manifest.json", lead_astray)
+    path, problems = fetch_newest(remote, tmp_path / "other" / "deep")
+    assert path is None and "names ../evil" in problems[0]

@@ -1,0 +1,189 @@
+"""A second home for checkpoints, behind any fsspec URL: `s3://bucket/run`, `gs://…`, `file:///mnt/…`.
+
+The local directory stays the first: a checkpoint is uploaded when it is whole there, in the background, its manifest
+last, so that without a manifest there is nothing. Each round makes the remote side hold what retention keeps of the
+local one: what a slow or broken network missed is made up for by the next round. Nothing here stops a run.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainkit.artifacts import (
+    MANIFEST,
+    TEMPORARY_MARK,
+    fsync_directory,
+    make_directory,
+    read_manifest,
+    verify_directory,
+)
+from trainkit.checkpoints import checkpoint_step, list_checkpoints
+from trainkit.errors import EXIT_USAGE, UserError
+from trainkit.retention import steps_to_keep
+from trainkit.specs import CheckpointSpec
+
+RETRY_SECONDS = 60.0
+LAST_ATTEMPTS = 3
+LAST_PAUSE = 2.0
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A folder of checkpoints on a file system of fsspec."""
+
+    files: Any
+    folder: str
+    url: str
+
+    def steps(self) -> list[int]:
+        """The steps that are whole there, ascending."""
+        self.files.invalidate_cache()
+        if not self.files.exists(self.folder):
+            return []
+        names = [str(name).rstrip("/").rsplit("/", 1)[-1] for name in self.files.ls(self.folder, detail=False)]
+        steps = [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit()]
+        return sorted(step for step in steps if self.files.exists(f"{self.path(step)}/{MANIFEST}"))
+
+    def path(self, step: int) -> str:
+        return f"{self.folder}/step-{step:08d}"
+
+
+def open_remote(url: str) -> Remote:
+    """Raises `UserError` when the URL's protocol is unknown or its package is not installed."""
+    import fsspec
+
+    try:
+        files, folder = fsspec.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f'checkpoint.remote = "{url}" cannot be opened: {error}; install that package, or choose another URL',
+            EXIT_USAGE,
+        ) from error
+    return Remote(files, folder.rstrip("/"), url.rstrip("/"))
+
+
+def upload(remote: Remote, local: Path) -> None:
+    """Copy a checkpoint: its files, then, when their sizes are right there, its manifest."""
+    target = remote.path(checkpoint_step(local))
+    manifest = read_manifest(local)
+    _delete(remote, target)
+    for name, facts in manifest["files"].items():
+        remote.files.makedirs(f"{target}/{name}".rsplit("/", 1)[0], exist_ok=True)
+        remote.files.put_file(str(local / name), f"{target}/{name}")
+        if remote.files.size(f"{target}/{name}") != facts["bytes"]:
+            raise OSError(f"{target}/{name} has not arrived whole")
+    content = (local / MANIFEST).read_bytes()
+    remote.files.pipe_file(f"{target}/{MANIFEST}", content)
+    if remote.files.cat_file(f"{target}/{MANIFEST}") != content:
+        raise OSError(f"{target}/{MANIFEST} has not arrived whole")
+
+
+def mirror(remote: Remote, root: Path, spec: CheckpointSpec) -> list[int]:
+    """Upload what is missing there, newest first, then prune; returns the steps uploaded.
+
+    What local retention deletes in the middle of its upload is left out.
+    """
+    local = {checkpoint_step(path): path for path in list_checkpoints(root)}
+    if not local:
+        return []
+    newest = max(local)
+    there, done = remote.steps(), list[int]()
+    for step in sorted(local.keys() - set(there), reverse=True):
+        try:
+            upload(remote, local[step])
+        except (OSError, UserError):
+            if (local[step] / MANIFEST).exists():
+                raise
+        else:
+            done.append(step)
+    trainer = json.loads((local[newest] / "trainer.json").read_text(encoding="utf-8"))
+    there = remote.steps()
+    kept = steps_to_keep(spec, there, newest=newest, best=trainer.get("best", {}).get("step"))
+    for step in set(there) - kept:
+        _delete(remote, remote.path(step))
+    return done
+
+
+def fetch_newest(remote: Remote, root: Path) -> tuple[Path | None, list[str]]:
+    """Download the newest checkpoint that is intact there; also says what was wrong with newer ones."""
+    problems: list[str] = []
+    for step in reversed(remote.steps()):
+        try:
+            return _fetch(remote, step, root), problems
+        except (OSError, UserError) as error:
+            problems.append(f"{remote.url}/step-{step:08d} cannot be used ({error}); trying an older checkpoint")
+    return None, problems
+
+
+def _fetch(remote: Remote, step: int, root: Path) -> Path:
+    path = root / f"step-{step:08d}"
+    temporary = root / f".{path.name}{TEMPORARY_MARK}{secrets.token_hex(4)}"
+    make_directory(temporary)
+    (temporary / MANIFEST).write_bytes(remote.files.cat_file(f"{remote.path(step)}/{MANIFEST}"))
+    for name in read_manifest(temporary)["files"]:
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise UserError(f"its manifest names {name}")
+        make_directory((temporary / name).parent)
+        remote.files.get_file(f"{remote.path(step)}/{name}", str(temporary / name))
+    verify_directory(temporary)
+    temporary.rename(path)
+    fsync_directory(root)
+    return path
+
+
+def _delete(remote: Remote, path: str) -> None:
+    """The manifest first: from then on there is no checkpoint."""
+    if remote.files.exists(f"{path}/{MANIFEST}"):
+        remote.files.rm_file(f"{path}/{MANIFEST}")
+    if remote.files.exists(path):
+        remote.files.rm(path, recursive=True)
+
+
+class Mirror:
+    """Keeps the remote side up to date from a thread of its own."""
+
+    def __init__(self, remote: Remote, root: Path, spec: CheckpointSpec) -> None:
+        self._remote, self._root, self._spec = remote, root, spec
+        self._woken, self._is_closing = threading.Event(), False
+        self._texts: list[str] = []
+        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There is a new checkpoint."""
+        self._woken.set()
+
+    def messages(self) -> list[str]:
+        """What there is to tell since the last call."""
+        return [self._texts.pop(0) for _ in range(len(self._texts))]
+
+    def close(self) -> None:
+        """Bring the remote side up to date once more; gives up, with a message, after a few attempts."""
+        self._is_closing = True
+        self._woken.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        is_behind = False
+        while not self._is_closing:
+            self._woken.wait(RETRY_SECONDS if is_behind else None)
+            self._woken.clear()
+            if not self._is_closing:
+                is_behind = not self._round("it is tried again")
+        for attempt in range(LAST_ATTEMPTS):
+            if self._round("the local one is whole"):
+                return
+            threading.Event().wait(LAST_PAUSE * 2**attempt)
+
+    def _round(self, outlook: str) -> bool:
+        try:
+            mirror(self._remote, self._root, self._spec)
+        except Exception as error:  # whatever a file system of somebody else's raises
+            self._texts.append(f"cannot upload a checkpoint to {self._remote.url} ({error}); {outlook}")
+            return False
+        return True
