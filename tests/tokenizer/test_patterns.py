@@ -10,7 +10,7 @@ import pytest
 import regex
 import tiktoken
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.tokenizer.conftest import STORY
@@ -94,16 +94,28 @@ def test_ids_equal_tiktoken(text: str, pattern: PatternName) -> None:
     assert tokenizer.encode(text).tolist() == reference.encode_ordinary(text)
 
 
-ascii_texts = st.lists(st.sampled_from([chr(code) for code in range(128)] + ["'s", "'LL", "  ", "<|x|>"])).map("".join)
+SHORT_PIECES = [
+    *map(chr, range(128)),
+    *" \n\t" * 30,
+    *"\u3000\x85é中ſ²\udc80\ud800",
+    *("'s", "'LL", "  ", "<|x|>", "x y", "\udce4\udcb8\udcad"),
+]
 
 
 @fuzz
-@given(text=ascii_texts, pattern=names)
+@given(text=st.lists(st.sampled_from(SHORT_PIECES)).map("".join), pattern=names)
+@example(text="a\n ", pattern="gpt2")  # white space before the last space
+@example(text="\n\t b", pattern="cl100k")
 def test_the_short_way_gives_the_same_ids(text: str, pattern: PatternName) -> None:
-    tokenizer = bare(pattern).with_special_tokens(["<|x|>"])
-    for allowed in ("all", "none"):
-        special = tokenizer._special(allowed, "none")
-        assert tokenizer._plain.encode_short(text, special) == list(tokenizer._plain.encode(text, special))
+    tokenizer = bare(pattern).with_special_tokens(["<|x|>", "x y"])
+    ids = tokenizer._plain.encode_short(text)
+    for allowed in ("all", "none") if ids is not None else ():
+        assert ids.tolist() == tokenizer._plain.encode(text, tokenizer._special(allowed, "none")).tolist()
+
+
+@pytest.mark.parametrize("text", ["Once upon a time, a ", " é\n中 x", "a", "", " ", "don't stop-me 12"])
+def test_the_short_way_is_taken(text: str) -> None:
+    assert bare("gpt2")._plain.encode_short(text) is not None
 
 
 @fuzz

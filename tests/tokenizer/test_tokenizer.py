@@ -218,6 +218,12 @@ class TestBatches:
         tokenizer.encode("x" * 1000)
         assert "x" * 1000 not in tokenizer._plain._words
 
+    def test_ids_of_short_texts_can_be_written_to(self, small: Tokenizer) -> None:
+        for text in ("Once upon", "Once  upon", ""):
+            ids = small.encode(text)
+            ids[:] = 0
+            assert small.encode(text).tolist() == Tokenizer(small.vocabulary).encode(text).tolist()
+
     def test_large_vocabularies_need_32_bits(self, small: Tokenizer) -> None:
         names = [f"<|{number}|>" for number in range(65536 - 330 + 1)]
         assert small.with_special_tokens(names[:-1]).encode("a", allowed_special="none").dtype == np.uint16

@@ -41,6 +41,10 @@ def as_text(text: str | bytes) -> str:
     return text.decode("utf-8", "surrogateescape")
 
 
+def ends_in_white(text: str) -> bool:
+    return text[-1:] in _white_characters()
+
+
 def to_bytes(text: str) -> bytes:
     """The bytes of what `as_text` returned, or of a part of it."""
     return text.encode("utf-8", "surrogateescape")
@@ -53,7 +57,8 @@ def pretokenize(
 
     Characters before `start` and from `end` on have no influence.
     """
-    expression, cut = _expression(pattern), _cut_pattern()
+    expression = _ascii_expression(pattern) if text.isascii() else _expression(pattern)
+    cut = _cut_pattern()
     end = len(text) if end is None else end
     while start < end:
         found = cut.search(text, min(start + CHUNK, end), end)
@@ -112,7 +117,7 @@ def _expression(pattern: PatternName) -> re.Pattern[str]:
 
 
 @cache
-def ascii_expression(pattern: PatternName) -> re.Pattern[str]:
+def _ascii_expression(pattern: PatternName) -> re.Pattern[str]:
     """The same for text of ASCII alone, for which it is much faster."""
     letters = {r"\p{Lm}\p{Lo}": "", r"\p{Lu}\p{Lt}": "A-Z", r"\p{Ll}": "a-z", r"\p{L}": "A-Za-z"}
     return _compile(pattern, {**letters, r"\p{N}": "0-9", r"\p{M}": "", r"\s": r"\t-\r "})
@@ -124,6 +129,11 @@ def _compile(pattern: PatternName, classes: dict[str, str]) -> re.Pattern[str]:
         expression = re.sub(rf"(\[[^\]]*){re.escape(name)}", lambda found, body=body: found[1] + body, expression)
         expression = expression.replace(name, f"[{body}]")
     return re.compile(expression)
+
+
+@cache
+def _white_characters() -> frozenset[str]:
+    return frozenset(map(chr, _codes(WHITE_SPACE)))
 
 
 @cache

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from trainkit.artifacts import publish_directory
 from trainkit.errors import UserError
 from transformerlm.tokenizer import files, readiness
-from transformerlm.tokenizer.plain import PlainEncoder
+from transformerlm.tokenizer.plain import PlainEncoder, dtype_of_ids
 from transformerlm.tokenizer.special_tokens import SpecialTokens
 from transformerlm.tokenizer.specs import END_OF_TEXT, MASK, PAD, PatternName
 from transformerlm.tokenizer.streams import batches, file_pieces
@@ -48,7 +48,7 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self.dtype: np.dtype[Any] = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.uint32)
+        self.dtype: np.dtype[Any] = dtype_of_ids(vocabulary)
         self._bytes_of_id = _bytes_of_id(vocabulary)
         self._is_used = np.array([bool(token) for token in self._bytes_of_id])
         self._plain = PlainEncoder(vocabulary)
@@ -148,11 +148,14 @@ class Tokenizer:
         `allowed_special="none"`, else it can end the document; a disallowed special token in it is a `UserError`.
         A long text is shared among `threads` (0 = all cores), which does not change its ids.
         """
+        is_short = len(text) <= SHORT_TEXT
+        if is_short and isinstance(text, str) and disallowed_special == "none" and allowed_special in ("all", "none"):
+            ids = self._plain.encode_short(text)
+            if ids is not None:
+                return ids
         special = self._special(allowed_special, disallowed_special)
-        if len(text) <= SHORT_TEXT:
-            return np.array(self._plain.encode_short(text, special), dtype=self.dtype)
-        if not readiness.pays(KERNELS, len(text)):
-            return np.fromiter(self._plain.encode(text, special), dtype=self.dtype)
+        if is_short or not readiness.pays(KERNELS, len(text)):
+            return self._plain.encode(text, special)
         return self._compiled.encode(text, special, threads or num_cores())
 
     def encode_batch(
@@ -245,7 +248,7 @@ class Tokenizer:
                 yield from self._compiled.encode_batch(batch, special, threads or num_cores())
             else:
                 for text in batch:
-                    yield np.fromiter(self._plain.encode(text, special), dtype=self.dtype)
+                    yield self._plain.encode(text, special)
 
     @cached_property
     def _compiled(self) -> CompiledEncoder:
