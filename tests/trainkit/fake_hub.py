@@ -33,6 +33,8 @@ class Dataset:
     sha: str
     token: str = ""
     gated: bool = False
+    elsewhere: str = ""
+    """Address of another server that files are redirected to, as the hub does with large ones."""
 
 
 @dataclass
@@ -41,6 +43,8 @@ class FakeHub:
     troubles: list[Trouble] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     """`METHOD path range`, in the order of arrival."""
+    credentials: set[str] = field(default_factory=set)
+    """What requests have sent as their authorization."""
     port: int = 0
     _server: ThreadingHTTPServer | None = None
 
@@ -128,6 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
+        self.hub.credentials.add(self.headers.get("Authorization", ""))
         trouble = self._trouble(path)
         if trouble and trouble.kind == "status":
             self._send(trouble.status, json.dumps({"error": "scripted"}).encode(), trouble.headers)
@@ -192,6 +197,8 @@ class _Handler(BaseHTTPRequestHandler):
             return 404, b"", {"X-Error-Code": "RevisionNotFound"}
         if file not in dataset.files:
             return 404, b"", {**headers, "X-Error-Code": "EntryNotFound"}
+        if dataset.elsewhere:
+            return 302, b"", {**headers, "Location": dataset.elsewhere + self.path + "?signature=1"}
         content = dataset.files[file]
         wanted = self.headers.get("Range")
         if not wanted:

@@ -123,6 +123,7 @@ class Client:
         self.network = Network(report=self.lines.append, backoff=backoff, stall=stall)
         hub.troubles.clear()
         hub.requests.clear()
+        hub.credentials.clear()
 
     def open(self, name: str, **options: Any) -> Any:
         return open_hub_documents(f"org/{name}", **{"split": "train", "network": self.network, **options})
@@ -324,6 +325,21 @@ def case_a_token_is_sent_and_never_shown(c: Client) -> None:
     with environment(HF_TOKEN="hf_wrong"):
         c.refused("org/private", act=lambda: c.open("private"))
     assert "hf_" not in str(c.lines) + documents.identity
+
+
+def case_redirected_files_get_no_token(c: Client) -> None:
+    with running() as elsewhere, environment(HF_TOKEN="hf_secret"):
+        elsewhere.datasets = data_sets()
+        elsewhere.datasets["org/private"].token = ""
+        c.hub.datasets["org/private"].elsewhere = elsewhere.url
+        documents = c.open("private")
+        elsewhere.troubles[:] = [Trouble("train", "truncate", after=1000), Trouble("train", "status", status=503)]
+        assert everything(documents) == HALF
+        assert elsewhere.credentials == {""} and c.hub.credentials == {"Bearer hf_secret"}
+        assert len(c.clock.waits) == 2
+        # Signed addresses run out, so that every try needs a new one.
+        ranges = [[request for request in hub.requests if "bytes" in request] for hub in (c.hub, elsewhere)]
+        assert len(ranges[0]) == len(ranges[1]) > 2
 
 
 def case_configurations(c: Client) -> None:

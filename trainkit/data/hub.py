@@ -228,8 +228,12 @@ class _KeptShard:
     def texts(self) -> CachedTexts:
         if is_offline() and not self.path.exists():
             raise UserError(_not_kept(self.file.dataset, self.path.parent))
-        keep(self.path, lambda: _RemoteShard(self.file, self.text_field, self.network).read(0))
+        keep(self.path, self._fetch)
         return CachedTexts(self.path)
+
+    def _fetch(self) -> Iterator[str]:
+        self.network.report(f"fetching {self.file.name}")
+        return _RemoteShard(self.file, self.text_field, self.network).read(0)
 
 
 @dataclass
@@ -267,9 +271,7 @@ class KeptDocuments:
         self.identity = identity
         self._files: list[CachedTexts] = []
         size = 0
-        for number, shard in enumerate(shards, start=1):
-            if not shard.path.exists() and not is_offline():
-                shard.network.report(f"fetching {shard.file.name}, file {number} of {len(shards)}")
+        for shard in shards:
             self._files.append(shard.texts)
             size += len(shard.texts)
             if max_documents and size >= max_documents:
