@@ -24,7 +24,7 @@ from trainkit.data.document_sets import IndexedDocuments, ShardedDocuments
 from trainkit.errors import UserError
 from trainkit.random import Purpose, derive_seed, permute
 
-_PLAIN_BLOCK = 256
+_PLAIN_BLOCK = 1024
 """Documents of a block where its size changes nothing."""
 
 
@@ -144,6 +144,6 @@ class IndexedOrder:
 
 
 def _permutation(size: int, seed: int, name: str) -> list[int]:
-    if not size:
-        return []
+    if size < 2:
+        return list(range(size))
     return permute(np.arange(size), size, derive_seed(seed, name), Purpose.DATA_ORDER).tolist()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -55,8 +56,13 @@ class Dealer:
         shared = self._open(start, {lane: position.document for lane, position in positions.items()})
         self._passes = dict.fromkeys(positions, shared)
 
-    def take(self, lane: int) -> Text:
-        """The next text of a lane."""
+    def units(self, lane: int) -> Iterator[list[Text]]:
+        """The texts of a lane, as many at a time as are worth a call to encode them and are there: none is read for
+        the sake of a full unit."""
+        while True:
+            yield self._unit(lane)
+
+    def _unit(self, lane: int) -> list[Text]:
         current = self._passes[lane]
         first_epoch = None
         while not current.waiting[lane]:
@@ -68,10 +74,6 @@ class Dealer:
                     f"the data set has too few documents with text for data.lanes = {self._lanes}; choose fewer lanes"
                 )
         return current.take(lane)
-
-    def texts(self, lane: int) -> Iterator[Text]:
-        while True:
-            yield self.take(lane)
 
     def close(self) -> None:
         """Stop all threads; nothing can be taken afterwards."""
@@ -117,22 +119,25 @@ class _Pass:
                 self.characters[lane] += len(text)
         return block
 
-    def take(self, lane: int) -> Text:
-        text = self.waiting[lane].popleft()
-        self.characters[lane] -= len(text.text)
-        return text
+    def take(self, lane: int) -> list[Text]:
+        waiting = self.waiting[lane]
+        unit: list[Text] = []
+        characters = 0
+        while waiting and len(unit) < _UNIT_DOCUMENTS and characters < _UNIT_CHARACTERS:
+            unit.append(waiting.popleft())
+            characters += len(unit[-1].text)
+        self.characters[lane] -= characters
+        return unit
 
     def drop(self, lane: int) -> None:
         del self.waiting[lane], self.characters[lane]
 
 
-def encode_documents(texts: Iterator[Text], encode: Encode, eot_id: int, pool: Executor | None) -> Generator[Document]:
-    """The texts as tokens, in order; with a `pool` a few hundred documents ahead."""
-
-    def encode_unit(unit: list[Text]) -> list[Document]:
-        return _encode_unit(unit, encode, eot_id)
-
-    for unit in map_ahead(encode_unit, _units(texts), pool, _UNITS_AHEAD):
+def encode_documents(
+    units: Iterator[list[Text]], encode: Encode, eot_id: int, pool: Executor | None
+) -> Generator[Document]:
+    """The texts as tokens, in order; with a `pool` a few units ahead."""
+    for unit in map_ahead(partial(_encode_unit, encode=encode, eot_id=eot_id), units, pool, _UNITS_AHEAD):
         yield from unit
 
 
@@ -156,22 +161,6 @@ def map_ahead(function: Callable[[T], R], items: Iterator[T], pool: Executor | N
             assert error is not None
             raise error
         yield ahead.popleft().result()
-
-
-def _units(texts: Iterator[Text]) -> Iterator[list[Text]]:
-    """Enough texts at a time that a call to encode them is worth it."""
-    while True:
-        unit: list[Text] = []
-        characters = 0
-        try:
-            while len(unit) < _UNIT_DOCUMENTS and characters < _UNIT_CHARACTERS:
-                unit.append(next(texts))
-                characters += len(unit[-1].text)
-        except Exception:
-            if unit:
-                yield unit
-            raise
-        yield unit
 
 
 def _encode_unit(unit: list[Text], encode: Encode, eot_id: int) -> list[Document]:

@@ -109,7 +109,7 @@ def best_fit(
 def pack_best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     """Bins of the indices of `sizes` (each 1 … capacity): the largest first, each into the fullest bin that has room.
 
-    n log n comparisons; at most 11/9 of the smallest possible number of bins, and one (Johnson 1973).
+    Takes n log n comparisons, and for many sizes at most 11/9 of the fewest possible bins (Johnson 1973).
     """
     bins: list[list[int]] = []
     free: list[tuple[int, int]] = []  # sorted: what is left of each bin that is not full, and the bin

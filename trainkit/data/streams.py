@@ -130,7 +130,7 @@ class StreamSource(ABC):
             with closing(Dealer(order, self.spec.lanes, positions, blocks_ahead=min(workers, 1))) as dealer:
                 yield {
                     lane: self.windows(
-                        encode_documents(dealer.texts(lane), self.encode, self.eot_id, pool), position.offset
+                        encode_documents(dealer.units(lane), self.encode, self.eot_id, pool), position.offset
                     )
                     for lane, position in positions.items()
                 }

@@ -20,7 +20,8 @@ from transformerlm.objectives.specs import AutoregressiveSpec
 class Autoregressive:
     """A `trainkit.task.Task`: a window's tokens but the last are the input, all but the first are the targets.
 
-    A batch holds `tokens` and `documents`, int64 [rows, context_length + 1], and `valid`, bool [rows].
+    A batch holds `tokens` and `documents`, int64 [rows, context_length + 1], and `valid`, bool [rows]. A token of
+    document -1 is fill and no target.
     """
 
     spec: AutoregressiveSpec
@@ -28,12 +29,12 @@ class Autoregressive:
     """Whether attention stays inside each document."""
 
     def weights(self, batch: Batch) -> Mapping[str, Tensor]:
-        count = batch["valid"].sum() * (batch["tokens"].shape[1] - 1)
+        count = _is_target(batch).sum()
         return {name: count for name in self._term_names}
 
     def loss(self, model: nn.Module, batch: Batch, denominators: Mapping[str, Tensor]) -> Loss:
         tokens = batch["tokens"]
-        targets = tokens[:, 1:].masked_fill(~batch["valid"].unsqueeze(1), IGNORED)
+        targets = tokens[:, 1:].masked_fill(~_is_target(batch), IGNORED)
         # A position belongs to the document that it predicts: the end-of-text token that closes one document is, as
         # input, the beginning of the next.
         segments = batch["documents"][:, 1:] if self.document_mask else None
@@ -50,6 +51,11 @@ class Autoregressive:
     @property
     def _term_names(self) -> tuple[str, ...]:
         return ("loss", "z_loss") if self.spec.z_loss > 0 else ("loss",)
+
+
+def _is_target(batch: Batch) -> Tensor:
+    """bool [rows, context_length]."""
+    return (batch["documents"][:, 1:] >= 0) & batch["valid"].unsqueeze(1)
 
 
 def _readout(hidden: Tensor, head: Head, *, targets: Tensor, with_z_loss: bool, chunk_size: int) -> Tensor:
