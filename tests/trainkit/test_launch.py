@@ -1,0 +1,102 @@
+"""Ranks that a command starts itself: one end for all of them, whatever happens. Real processes, real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainkit.errors import EXIT_REQUEUE, UserError
+from trainkit.launch import launch, processes_to_start
+from trainkit.specs import DistributedSpec
+
+ROOT = Path(__file__).parents[2]
+FOR_EVER = 1_000_000
+
+
+@contextmanager
+def start(folder: Path, steps: int) -> Generator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "tests.trainkit.launched", str(folder), str(steps)]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        yield process
+        process.kill()
+
+
+def training_ranks(folder: Path) -> list[int]:
+    """Process numbers of both ranks, once both train."""
+    files = [folder / f"pid-{rank}" for rank in range(2)]
+    while not all(file.exists() for file in files):
+        time.sleep(0.05)
+    return [int(file.read_text()) for file in files]
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    for pid in pids:
+        while Path(f"/proc/{pid}").exists():
+            time.sleep(0.05)
+
+
+def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert processes_to_start(DistributedSpec(), "cpu") == 1
+    assert processes_to_start(DistributedSpec(processes=3), "cpu") == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    counts = [processes_to_start(DistributedSpec(processes="auto"), name) for name in ("auto", "cuda", "cuda:1", "cpu")]
+    assert counts == [4, 4, 1, 1]
+    monkeypatch.setenv("RANK", "0")  # under torchrun
+    assert processes_to_start(DistributedSpec(processes=3), "cpu") == 1
+
+
+def test_a_signal_to_the_command_saves_on_all_ranks_and_it_goes_on_to_the_end(tmp_path: Path) -> None:
+    with start(tmp_path, FOR_EVER) as command:
+        ranks = training_ranks(tmp_path)
+        command.send_signal(signal.SIGTERM)
+        output, _ = command.communicate()
+    assert command.returncode == EXIT_REQUEUE, output
+    status, step = output.split()[-2:]
+    assert status == "preempted"
+    wait_until_gone(ranks)
+    with start(tmp_path, int(step) + 3) as command:
+        output, _ = command.communicate()
+    assert command.returncode == 0, output
+    assert output.split()[-2:] == ["finished", str(int(step) + 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_all(tmp_path: Path, victim: int) -> None:
+    with start(tmp_path, FOR_EVER) as command:
+        ranks = training_ranks(tmp_path)
+        os.kill(ranks[victim], signal.SIGKILL)
+        output, _ = command.communicate()
+    assert command.returncode == 1 and f"refused: rank {victim} of 2 was ended by SIGKILL" in output, output
+    wait_until_gone(ranks)
+
+
+@pytest.mark.slow
+def test_ranks_leave_when_the_command_is_killed(tmp_path: Path) -> None:
+    with start(tmp_path, FOR_EVER) as command:
+        ranks = training_ranks(tmp_path)
+        command.kill()
+        command.communicate()
+    wait_until_gone(ranks)
+
+
+def refuse(exit_code: int) -> None:
+    raise UserError("no such file", exit_code)
+
+
+@pytest.mark.slow
+def test_a_refusal_of_the_ranks_is_that_of_the_command() -> None:
+    with pytest.raises(UserError, match="no such file") as error:
+        launch(2, refuse, 2)
+    assert error.value.exit_code == 2
