@@ -49,6 +49,8 @@ HEADER = struct.Struct("<9sQBQQ")
 CHUNK = 1 << 18
 """Numbers that one vectorised pass over an index or a token file takes at a time: bounds memory, stays in the cache."""
 
+_STRIDE = 64
+
 IntArray = npt.NDArray[np.integer[Any]]
 
 
@@ -119,6 +121,22 @@ class IndexedTokens:
             return self.pointers
         end = np.array([len(self.tokens) * self.tokens.itemsize])
         return np.concatenate([self.pointers, end])[self.document_indices[:-1]]
+
+    @cached_property
+    def _landmarks(self) -> npt.NDArray[np.int64]:
+        return self.document_pointers[::_STRIDE].copy()
+
+    def documents_up_to(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How many documents begin at or before each byte of `.bin`, of any shape.
+
+        `np.searchsorted` over all documents would copy the table, which the file does not align. So it searches every
+        64th, and the few in between are counted.
+        """
+        first = (np.searchsorted(self._landmarks, positions, side="right") - 1) * _STRIDE
+        near = first[..., None] + np.arange(_STRIDE)
+        inside = near < len(self)
+        near[~inside] = 0
+        return first + ((self.document_pointers[near] <= positions[..., None]) & inside).sum(axis=-1)
 
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:

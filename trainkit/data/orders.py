@@ -12,9 +12,9 @@ The order depends on how many samples the run needs: a longer run is another one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -28,6 +28,8 @@ from trainkit.errors import UserError
 from trainkit.random import Purpose, derive_seed, permute
 
 Int64Array = npt.NDArray[np.int64]
+BLOCK = 1024
+"""Samples whose windows are found together."""
 
 
 class Order(Protocol):
@@ -133,9 +135,18 @@ class StableOrder:
             result[chosen] = permute(within[chosen], self.windows, seed, Purpose.DATA_ORDER)
         return result
 
+    @cached_property
+    def _block(self) -> Callable[[int], Int64Array]:
+        """`window_of` of the samples n·BLOCK …: the cost of a permutation is in the call more than in its numbers."""
+        return lru_cache(maxsize=4)(lambda n: self.window_of(np.arange(n * BLOCK, (n + 1) * BLOCK)))
+
     def read(self, samples: Int64Array) -> tuple[Int64Array, Int64Array]:
-        starts = self.window_of(samples) * self.context_length
-        return gather_windows(self.data, starts, self.context_length)
+        blocks, within = np.divmod(samples, BLOCK)
+        windows = np.empty_like(samples)
+        for block in dict.fromkeys(blocks.tolist()):
+            chosen = blocks == block
+            windows[chosen] = self._block(block)[within[chosen]]
+        return gather_windows(self.data, windows * self.context_length, self.context_length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,28 +254,17 @@ def gather_windows(data: IndexedTokens, starts: Int64Array, length: int) -> tupl
 
     Both int64 [rows, length + 1].
     """
-    tokens = np.lib.stride_tricks.sliding_window_view(data.tokens, length + 1)[starts].astype(np.int64)
+    tokens = data.tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64)
     return tokens, _document_numbers(data, starts, length)
 
 
 def _document_numbers(data: IndexedTokens, starts: Int64Array, length: int) -> Int64Array:
     """Marks the token at which each document begins and sums the marks along the row: no search for every token."""
     pointers, itemsize = data.document_pointers, data.tokens.itemsize
-    first, last = _count_up_to(pointers, np.stack([starts, starts + length]) * itemsize)
+    first, last = data.documents_up_to(np.stack([starts, starts + length]) * itemsize)
     counts = last - first
     row = np.repeat(np.arange(len(starts)), counts)
     boundary = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
     marks = np.zeros((len(starts), length + 1), np.int64)
     marks[row, pointers[boundary] // itemsize - starts[row]] = 1
     return np.cumsum(marks, axis=1)
-
-
-def _count_up_to(values: Int64Array, keys: Int64Array) -> Int64Array:
-    """`np.searchsorted(values, keys, side="right")`, which would copy the whole table: the file does not align it."""
-    low, high = np.zeros_like(keys), np.full_like(keys, len(values))
-    for _ in range(len(values).bit_length()):
-        middle = (low + high) >> 1
-        # Where low has met high = len(values), the clipped index compares as "not greater" and low would pass high.
-        below = (low < high) & (values[np.minimum(middle, len(values) - 1)] <= keys)
-        low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
-    return low
