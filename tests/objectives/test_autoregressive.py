@@ -63,6 +63,8 @@ def definition(
             continue
         tokens, documents = batch["tokens"][row], batch["documents"][row]
         for target in range(1, len(tokens)):
+            if documents[target] < 0:
+                continue
             before = [i for i in range(target) if not document_mask or documents[i + 1] == documents[target]]
             logits = model(tokens[before].unsqueeze(0))[0, -1]
             nats.append(float(-logits.log_softmax(dim=-1)[tokens[target]]))
@@ -81,6 +83,28 @@ def test_the_loss_is_the_mean_over_valid_tokens(model: Transformer, document_mas
     assert float(value) == pytest.approx(expected, rel=1e-10)
     assert metrics["loss"] == pytest.approx(definition(model, batch, document_mask=document_mask), rel=1e-10)
     assert metrics.keys() == ({"loss", "z_loss"} if z_loss else {"loss"})
+
+
+@pytest.mark.parametrize("chunk_size", [0, 5])
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_fill_counts_nothing(model: Transformer, document_mask: bool, chunk_size: int) -> None:
+    """Fill at the end of a row, a whole row of it, and in the midst of one, where it is looked at by the next text."""
+    spec = TransformerSpec(**{**SPEC.__dict__, "document_mask": document_mask})
+    task = build_objective(AutoregressiveSpec(z_loss=0.3, loss_chunk_size=chunk_size), spec)
+    batch = make_batch(5, invalid=1)
+    documents = batch["documents"]
+    documents[0, 11:] = documents[1, 1:] = documents[2, 6] = documents[4, 3:] = -1
+    value, gradients, metrics = value_and_gradients(task, model, [batch])
+    assert float(value) == pytest.approx(definition(model, batch, document_mask=document_mask, z_loss=0.3), rel=1e-10)
+    assert int(task.weights(batch)["loss"]) == 10 + 0 + 15 + 16
+    assert metrics["loss"] == pytest.approx(definition(model, batch, document_mask=document_mask), rel=1e-10)
+    alone = {name: tensor[torch.tensor([0, 2, 3])] for name, tensor in batch.items()}
+    for ours, other in zip(gradients, value_and_gradients(task, model, [alone])[1], strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-10, atol=1e-12)
+    if document_mask:  # what stands in fill that nothing looks at does not matter
+        other = {**batch, "tokens": batch["tokens"].clone()}
+        other["tokens"][0, 12:] = 7
+        assert value_and_gradients(task, model, [other])[0].equal(value)
 
 
 def test_the_end_of_a_document_opens_the_next(model: Transformer) -> None:
