@@ -7,6 +7,7 @@ import math
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -75,6 +76,15 @@ def test_an_epoch_holds_each_window_once_and_epochs_differ(data: IndexedTokens) 
     assert len({tuple(epoch) for epoch in [*epochs, list(range(count))]}) == 4
     other_seed = StableOrder(data, LENGTH, 2).window_of(np.arange(count)).tolist()
     assert sorted(other_seed) == list(range(count)) and other_seed != epochs[0]
+
+
+def test_samples_are_read_where_the_order_says(data: IndexedTokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the blocks that `read` asks for at once."""
+    samples = np.random.default_rng(0).permutation(300)
+    for block in (1, 7, 1024):
+        monkeypatch.setattr("trainkit.data.orders.BLOCK", block)
+        one = StableOrder(data, LENGTH, 1)
+        assert (one.read(samples)[0][:, 0] == one.window_of(samples) * LENGTH).all()
 
 
 def test_windows_hold_the_tokens_and_overlap_by_one(data: IndexedTokens) -> None:
@@ -162,9 +172,10 @@ def test_a_state_follows_the_files_to_another_place(data: IndexedTokens, tmp_pat
     st.lists(st.integers(0, 6), min_size=1, max_size=30).filter(lambda lengths: sum(lengths) > 5),
     st.integers(1, 5),
     st.sampled_from(["uint8", "int32"]),
+    st.sampled_from([1, 3, 64]),
 )
 def test_documents_against_brute_force(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], length: int, dtype: str
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], length: int, dtype: str, stride: int
 ) -> None:
     prefix = tmp_path_factory.mktemp("data") / "x"
     owner = np.repeat(np.arange(len(lengths)), lengths)
@@ -172,7 +183,8 @@ def test_documents_against_brute_force(
         writer.add(np.arange(sum(lengths)) % 100, np.array(lengths))
     data = IndexedTokens.open(prefix)
     starts = np.arange(sum(lengths) - length)
-    tokens, documents = gather_windows(data, starts, length)
+    with patch("trainkit.data.megatron._STRIDE", stride):
+        tokens, documents = gather_windows(data, starts, length)
     assert tokens.dtype == documents.dtype == np.int64
     for start in starts:
         window = slice(start, start + length + 1)
