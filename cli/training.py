@@ -15,14 +15,17 @@ from cli.data_sources import RunData, open_run_data, pinned_revision
 from cli.validation import MAIN, build_evaluator
 from config.loading import resolved
 from config.schemas import TrainConfig
-from trainkit.checkpoints import CheckpointStore, find_newest_intact, load_snapshot
+from trainkit.beginnings import choose_beginning, load_beginning
+from trainkit.checkpoints import CheckpointStore, load_model_tensors, load_weights
 from trainkit.distribution import World, choose_device, main_first, open_world
 from trainkit.errors import EXIT_NON_FINITE, EXIT_REQUEUE, EXIT_USAGE, UserError
 from trainkit.interrupts import Interrupts, catch_interrupts
+from trainkit.launch import launch, processes_to_start
 from trainkit.logging.run_log import FileLog, NullLog, open_run_log
 from trainkit.loop import Result, Run, train
 from trainkit.precision import resolve_precision
 from trainkit.run_directory import (
+    HORIZON,
     MAY_CHANGE,
     Status,
     changed_settings,
@@ -34,6 +37,7 @@ from trainkit.run_directory import (
     write_summary,
 )
 from trainkit.task import RunFacts
+from trainkit.watchdog import Watchdog
 from transformerlm.inference.predictor import Predictor
 from transformerlm.models.build import create_model
 from transformerlm.models.files import write_model_json
@@ -64,12 +68,19 @@ def train_from_config(
     *,
     config_toml: str | None = None,
     resume: bool = False,
+    new_horizon: bool = False,
     prepare: Callable[[], object] = lambda: None,
 ) -> Result:
     """Train (or go on training) the run that `config` describes; every rank calls it.
 
-    `prepare` makes what the configuration names and is not there yet; the first rank calls it, the others wait.
+    `new_horizon` lets a run go on with another `training.max_steps` than it began with. `prepare` makes what the
+    configuration names and is not there yet; the first rank calls it, the others wait.
     """
+    processes = processes_to_start(config.distributed, config.training.device)
+    if processes > 1:
+        prepare()
+        settings = {"config_toml": config_toml, "resume": resume, "new_horizon": new_horizon}
+        return launch(processes, train_from_config, config, **settings)
     directory = run_directory(config)
     with open_world(config.training) as world, catch_interrupts() as interrupts, ExitStack() as held:
         main_first(prepare, world)
@@ -80,11 +91,17 @@ def train_from_config(
         def claim() -> None:
             ingredients.data.verify()
             held.enter_context(hold_run_directory(directory))
-            create_run_directory(directory, config_json=recorded(ingredients), config_toml=config_toml, resume=resume)
+            create_run_directory(
+                directory,
+                config_json=recorded(ingredients),
+                config_toml=config_toml,
+                resume=resume,
+                allow=HORIZON if new_horizon else (),
+            )
 
         main_first(claim, world)
         with _status_of(directory, world) as report:
-            result = _train(ingredients, directory, world, interrupts)
+            result = _train(ingredients, directory, world, interrupts, new_horizon=new_horizon)
             report(result)
     return result
 
@@ -126,23 +143,26 @@ def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def _train(ingredients: Ingredients, directory: Path, world: World, interrupts: Interrupts) -> Result:
+def _train(
+    ingredients: Ingredients, directory: Path, world: World, interrupts: Interrupts, *, new_horizon: bool
+) -> Result:
     config, tokenizer = ingredients.config, ingredients.tokenizer
     notes: list[str] = []
     store = CheckpointStore(
         directory / "checkpoints", config.checkpoint, _asset_writer(config, tokenizer), notes.append
     )
-    newest = main_first(lambda: find_newest_intact(store), world)
-    snapshot = load_snapshot(newest) if newest else None
+    beginning = main_first(lambda: choose_beginning(store), world)
+    snapshot = load_beginning(beginning, store, max_steps=config.training.max_steps, new_horizon=new_horizon)
     offset = snapshot.trainer["log_offset"] if snapshot else 0
     with closing(_open_log(directory, config, offset, world)) as log:
         for note in notes:
             log.message(note)
-        if newest:
-            log.message(f"resuming from {newest}")
+        log.message(str(beginning))
         if MAIN not in ingredients.data.validation:
             log.message("there is no validation text: no validation loss, no best checkpoint")
-        run = _compose(ingredients, store, world, log, interrupts)
+        run = _compose(ingredients, directory, store, world, log, interrupts)
+        if beginning.kind == "weights":
+            load_model_tensors(run.model, load_weights(beginning.path), str(beginning.path))
         result = train(run, resume=snapshot)
         log.message(_last_words(result, directory))
     return result
@@ -155,7 +175,12 @@ def _open_log(directory: Path, config: TrainConfig, offset: int, world: World) -
 
 
 def _compose(
-    ingredients: Ingredients, store: CheckpointStore, world: World, log: FileLog | NullLog, interrupts: Interrupts
+    ingredients: Ingredients,
+    directory: Path,
+    store: CheckpointStore,
+    world: World,
+    log: FileLog | NullLog,
+    interrupts: Interrupts,
 ) -> Run:
     config, tokenizer = ingredients.config, ingredients.tokenizer
     return Run(
@@ -172,7 +197,16 @@ def _compose(
         evaluate=build_evaluator(config, tokenizer, ingredients.data.validation, world),
         sample=_sampler(config, tokenizer, log) if world.is_main and config.inference.prompts else None,
         stop_requested=lambda: interrupts.requested,
+        watchdog=_watchdog(config, directory, world),
+        distributed=config.distributed,
     )
+
+
+def _watchdog(config: TrainConfig, directory: Path, world: World) -> Watchdog:
+    def alarmed(text: str) -> None:
+        write_status(directory, "failed", step=read_status(directory).get("step", 0), message=text)
+
+    return Watchdog(config.distributed.watchdog_seconds, rank=world.rank, alarmed=alarmed)
 
 
 def _facts(config: TrainConfig, tokenizer: Tokenizer) -> RunFacts:

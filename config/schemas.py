@@ -28,7 +28,15 @@ from config.specs import (
     TokensOutputSpec,
 )
 from trainkit.data.specs import DataSpec, MegatronDataSpec, StreamDataSpec
-from trainkit.specs import AdamWSpec, CheckpointSpec, CosineScheduleSpec, LoggingSpec, OptimizerSpec, ScheduleSpec
+from trainkit.specs import (
+    AdamWSpec,
+    CheckpointSpec,
+    CosineScheduleSpec,
+    DistributedSpec,
+    LoggingSpec,
+    OptimizerSpec,
+    ScheduleSpec,
+)
 from transformerlm.evaluation.specs import EvaluationSpec
 from transformerlm.inference.specs import InferenceSpec
 from transformerlm.models.specs import TransformerSpec
@@ -67,7 +75,9 @@ class Experiment(Schema):
     schedule: Annotated[ScheduleSpec, Discriminator("kind")] = CosineScheduleSpec()
     """How the learning rate moves over the run."""
     checkpoint: CheckpointSpec = CheckpointSpec()
-    """Which checkpoints are kept."""
+    """Which checkpoints are kept, where, and from which one the run begins."""
+    distributed: DistributedSpec = DistributedSpec()
+    """How several processes train one model."""
     evaluation: EvaluationSpec = EvaluationSpec()
     """How the validation loss is measured."""
     logging: LoggingSpec = LoggingSpec()

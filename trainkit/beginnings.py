@@ -38,7 +38,7 @@ class Beginning:
     def __str__(self) -> str:
         match self.kind:
             case "nothing":
-                return "beginning anew"
+                return "starting from the first step"
             case "own":
                 return f"resuming from {self.path}"
             case "other run":

@@ -344,10 +344,11 @@ def _validate(run: Run, state: _State, clock: _Clock) -> bool:
 
 
 def _sample(run: Run, state: _State) -> None:
+    run.watchdog.enter("sample", state.step)
     if run.sample is not None:
-        run.watchdog.enter("sample", state.step)
         with _evaluation_mode(state):
             run.sample(state.replica.module, state.step)
+    any_rank(False, run.world)  # the others wait here, where the watchdog knows why
 
 
 @contextmanager

@@ -55,6 +55,9 @@ MAY_CHANGE = (
 """Settings, and tables with all below them, that may differ when a run resumes: they decide what is seen and kept of
 it and where it runs, not which numbers it computes (beyond the order in which floats are added)."""
 
+HORIZON = ("training.max_steps",)
+"""What changes the learning rates of a run that goes on, and therefore wants `--new-horizon`."""
+
 _MARKS_OF_A_RUN = ("config.json", "metrics.jsonl", "checkpoints")
 _TELLING_VARIABLES = (
     "CUDA_",
@@ -207,9 +210,10 @@ def _check_same_run(path: Path, config: Mapping[str, Any], may_change: Sequence[
         ) from None
     if changes:
         lines = "".join(f"\n  {name}: {change}" for name, change in changes.items())
+        way_out = " (or add --new-horizon to train longer or shorter)" if set(changes) <= set(HORIZON) else ""
         raise UserError(
             f"{path} cannot be resumed with other settings than it began with; "
-            f"restore these, or choose another run.name:{lines}",
+            f"restore these{way_out}, or choose another run.name:{lines}",
             EXIT_USAGE,
         )
 

@@ -78,6 +78,9 @@ class DistributedSpec:
     """`sum` adds gradients in the fastest order. `tree` adds them in an order that does not depend on the number of
     processes, so that 1, 2, 4 or 8 of them compute the same bits; needs `training.threads`, and micro-batches of one
     size (`training.device_batch_size`), which may then not change when the run resumes."""
+    watchdog_seconds: Annotated[float, Ge(0)] = 600.0
+    """End a process, with its stacks, that takes longer than this for one step (phases that are long by nature get a
+    multiple): a rank hangs or died. 0 waits for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,15 @@ from contextlib import contextmanager
 
 from trainkit.errors import EXIT_WATCHDOG
 
-PATIENCE = {"start": 10.0, "first step": 10.0, "evaluate": 10.0, "sample": 10.0, "finish": 10.0}
+PATIENCE = {
+    "start": 10.0,
+    "data": 3.0,
+    "first step": 10.0,
+    "evaluate": 10.0,
+    "sample": 10.0,
+    "save": 3.0,
+    "finish": 10.0,
+}
 """How many times the limit a phase may take: the first ones compile, some are long by nature; all others once."""
 
 
@@ -61,7 +69,7 @@ class Watchdog:
             if now - woke > 5 * interval:
                 self._since = now  # this process was stopped (Ctrl-Z, a debugger), and begins again
             woke = now
-            limit = self._seconds * PATIENCE.get(self._phase, 1.0)
+            limit = self._seconds * PATIENCE.get(self._phase, 1)
             if now - self._since > limit:
                 self._end(f"{now - self._since:.0f} s")
 
