@@ -58,6 +58,8 @@ class Command(Generic[Schema]):
     """Flags that stand for a setting: `{"--max-steps": "training.max_steps"}`."""
     add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
     """Adds the flags that are no settings, such as `--force`; `run` finds them in its second argument."""
+    adapt: Callable[[argparse.Namespace], object] = lambda arguments: None
+    """Turns a flag that stands for several settings into these (`assignments`) and a configuration (`config_name`)."""
 
 
 def run_command(command: Command[Any], argv: Sequence[str] | None = None) -> int:
@@ -83,6 +85,7 @@ def run_command(command: Command[Any], argv: Sequence[str] | None = None) -> int
 def _run(command: Command[Any], argv: list[str]) -> int:
     parser = _Parser(command)
     arguments = parser.parse_args(parser.normalised(argv))
+    command.adapt(arguments)
     load_environment(Path(".env"))
     _set_log_level()
     if arguments.help:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cli.text_sources import find_revision, held_out_texts, named_texts, training_documents
@@ -16,6 +17,7 @@ from trainkit.data.megatron import IndexedTokens, verify
 from trainkit.data.orders import build_order
 from trainkit.data.prefetch import prefetch
 from trainkit.data.specs import DataSpec, MegatronDataSpec, PackedDataSpec, RowsDataSpec, StreamDataSpec
+from trainkit.data.streams import PackedSource, RowsSource
 from trainkit.data.windows import MegatronSource
 from trainkit.errors import UserError
 from trainkit.loop import DataState, Source
@@ -132,12 +134,10 @@ def _open_tokens(prefix: str, tokenizer: Tokenizer) -> IndexedTokens:
 def _open_stream(
     config: TrainConfig, data: PackedDataSpec | RowsDataSpec, tokenizer: Tokenizer, revision: str
 ) -> RunData:
-    from trainkit.data.streams import PackedSource, RowsSource  # pyright: ignore[reportMissingImports]
-
     documents = training_documents(data, revision)
     shared: dict[str, Any] = {
         "documents": documents,
-        "encode": lambda text: tokenizer.encode(text, allowed_special="none"),  # pyright: ignore[reportUnknownLambdaType]
+        "encode": partial(tokenizer.encode_batch, allowed_special="none"),  # a document cannot end itself
         "eot_id": tokenizer.eot_id,
         "context_length": config.model.context_length,
         "samples_per_step": _samples_per_step(config),

@@ -16,17 +16,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cli import stages
 from cli.common import Command, run_command
+from cli.stages import say
 from config.loading import Loaded
 from config.rendering import to_toml
-from config.schemas import PipelineConfig, TrainConfig
+from config.schemas import RESERVED_SETS, PipelineConfig, TrainConfig
 from trainkit.data.specs import MegatronDataSpec
 
 if TYPE_CHECKING:
+    from trainkit.data.splits import Split
     from transformerlm.tokenizer.tokenizer import Tokenizer
 
-TOKENIZER_RECIPE = 1
-"""Raise it when the same text and settings would give another tokenizer, so that old ones are trained again."""
+
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +43,10 @@ def run(loaded: Loaded[PipelineConfig], arguments: argparse.Namespace) -> int:
     tokenizer_path, tokenizer = make_tokenizer(config, root, force=arguments.force, verify=arguments.verify)
     prefixes = make_token_files(config, tokenizer, root, force=arguments.force, verify=arguments.verify)
     train_config = config.train_config(
-        tokenizer_path=str(tokenizer_path), train_prefix=prefixes["train"], val_prefix=prefixes.get("val", "")
+        tokenizer_path=str(tokenizer_path),
+        train_prefix=prefixes["train"],
+        val_prefix=prefixes.get("val", ""),
+        test_prefix=prefixes.get("test", ""),
     )
     training = Loaded(train_config, loaded.origins, loaded.source)
     exit_code = train_model(training, root, force=arguments.force, verify=arguments.verify)
@@ -61,57 +67,33 @@ def check_writable(directory: Path) -> None:
 def make_tokenizer(config: PipelineConfig, root: Path, *, force: bool, verify: bool) -> tuple[Path, Tokenizer]:
     """The tokenizer of the configuration: an existing one by its path, or one trained on the training split."""
     from cli.corpora import fingerprint, open_documents, require_documents
-    from cli.train_tokenizer import train_on_documents
-    from trainkit.artifacts import require_replaceable
-    from transformerlm.tokenizer.specs import TokenizerTrainingSpec
     from transformerlm.tokenizer.tokenizer import Tokenizer
 
     if config.tokenizer.path:
-        _say("tokenizer", f"{config.tokenizer.path}, as it is")
+        say("tokenizer", f"{config.tokenizer.path}, as it is")
         return Path(config.tokenizer.path), Tokenizer.load(config.tokenizer.path)
     path = root / "tokenizer"
-    settings = {name: getattr(config.tokenizer, name) for name in TokenizerTrainingSpec.__dataclass_fields__}
-    spec = TokenizerTrainingSpec(**settings)
-    made_of: dict[str, Any] = {
-        "recipe": TOKENIZER_RECIPE,
-        "settings": {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
-        "fingerprint": fingerprint(config.corpus, "train"),
-    }
-    if not force and _is_made_of(path, made_of, verify=verify):
-        _say("tokenizer", f"{path}, up to date")
-        return path, Tokenizer.load(path)
-    require_replaceable(path, kind="tokenizer")
-    start = time.monotonic()
-    documents = require_documents(open_documents(config.corpus, "train"), "the training split")
-    tokenizer, about = train_on_documents(documents, spec)
-    tokenizer.save(path, replace=True, about={**about, "made_of": made_of})
-    _say("tokenizer", f"{path}: {tokenizer.vocab_size:,} ids in {time.monotonic() - start:.1f} s")
+    tokenizer = stages.make_tokenizer(
+        path,
+        config.tokenizer,
+        lambda: require_documents(open_documents(config.corpus, "train"), "the training split"),
+        fingerprint(config.corpus, "train"),
+        force=force,
+        verify=verify,
+    )
     return path, tokenizer
-
-
-def _is_made_of(path: Path, made_of: dict[str, Any], *, verify: bool) -> bool:
-    """Whether a whole directory is there that was made of the same things; a damaged one is an error under `verify`."""
-    from trainkit.artifacts import read_manifest, verify_directory
-    from trainkit.errors import UserError
-
-    try:
-        manifest = read_manifest(path)
-    except UserError:
-        return False
-    if verify:
-        verify_directory(path)
-    return manifest.get("made_of") == made_of
 
 
 def make_token_files(
     config: PipelineConfig, tokenizer: Tokenizer, root: Path, *, force: bool, verify: bool
-) -> dict[Literal["train", "val"], str]:
+) -> dict[Split, str]:
     """Token files of each split that the corpus has; returns their prefixes."""
+    from cli.corpora import has_split
     from cli.make_data import ProgressLine
-    from cli.token_files import build_token_files, has_split
+    from cli.token_files import build_token_files
 
-    prefixes: dict[Literal["train", "val"], str] = {}
-    for split in ("train", "val"):
+    prefixes: dict[Split, str] = {}
+    for split in SPLITS:
         if not has_split(config.corpus, split):
             continue
         prefix, start = root / "tokens" / split, time.monotonic()
@@ -130,7 +112,7 @@ def make_token_files(
         finally:
             line.close()
         how = "up to date" if made.reused else f"in {time.monotonic() - start:.1f} s"
-        _say("data", f"{prefix}: {made.manifest.documents:,} documents, {made.manifest.tokens:,} tokens, {how}")
+        say("data", f"{prefix}: {made.manifest.documents:,} documents, {made.manifest.tokens:,} tokens, {how}")
         prefixes[split] = str(prefix)
     return prefixes
 
@@ -147,11 +129,11 @@ def train_model(loaded: Loaded[TrainConfig], root: Path, *, force: bool, verify:
     if force:
         set_aside(directory)
     if is_finished(config):
-        _say("training", f"{directory} is finished")
+        say("training", f"{directory} is finished")
         if verify:
             verify_directory(directory / "checkpoints" / "latest")
         return 0
-    _say("training", f"{directory}; {root / 'train.toml'} is its configuration")
+    say("training", f"{directory}; {root / 'train.toml'} is its configuration")
     result = train_from_config(config, config_toml=toml, resume=True)
     return EXIT_CODES[result.status]
 
@@ -165,8 +147,9 @@ def report(config: TrainConfig) -> None:
     summary = read_summary(directory)
     if "stories" not in summary:
         assert isinstance(config.data, MegatronDataSpec)
-        if config.data.megatron_val_prefix:
-            summary |= _score(config, directory)
+        sets = {"val": config.data.megatron_val_prefix, "test": config.data.megatron_test_prefix}
+        for name in (*(name for name, prefix in sets.items() if prefix), *config.data.validation_sets):
+            summary |= _score(config, directory, name)
         summary["stories"] = _tell_stories(config, directory)
         write_summary(directory, summary)
     if sys.stdout.isatty():
@@ -180,13 +163,15 @@ def _describe(summary: dict[str, Any], directory: Path) -> str:
         ("val_loss", "loss", "{:.4f} nats per token"),
         ("val_perplexity", "perplexity", "{:.3f}"),
         ("val_bits_per_byte", "bits per byte", "{:.4f}"),
+        ("test_loss", "test loss", "{:.4f} nats per token"),
         ("excess_ratio", "excess", "{:.1%} above the best loss that any model can reach"),
     ]
+    rows += [(key, key.removeprefix("val_"), "{:.4f}") for key in summary if key.startswith("val_loss/")]
     lines = [f"{label:<15}{form.format(summary[name])}" for name, label, form in rows if summary.get(name) is not None]
     for story in summary["stories"]:
         lines += ["-" * 80, story]
     lines += ["-" * 80, f"plots    {directory}/plots", f"samples  {directory}/samples.md"]
-    lines += [f"more     transformerlm-infer --checkpoint {directory} --interactive"]
+    lines += [f"more     uv run transformerlm-infer --checkpoint {directory} --interactive"]
     return "\n".join(["", *lines])
 
 
@@ -195,8 +180,8 @@ def _weights(config: TrainConfig) -> Literal["raw", "ema"]:
     return "ema" if config.training.ema_decay else "raw"
 
 
-def _score(config: TrainConfig, directory: Path) -> dict[str, Any]:
-    """What `transformerlm-eval` says of the best checkpoint."""
+def _score(config: TrainConfig, directory: Path, name: str) -> dict[str, Any]:
+    """What `transformerlm-eval` says of the best checkpoint on one set of documents."""
     from cli.eval import evaluate_checkpoint
     from config.specs import CheckpointEvaluationSpec, RunEvaluationDataSpec
 
@@ -206,14 +191,18 @@ def _score(config: TrainConfig, directory: Path) -> dict[str, Any]:
         device=config.training.device,
         **dataclasses.asdict(config.evaluation),
     )
-    found = evaluate_checkpoint(spec, RunEvaluationDataSpec())
-    values = {
-        "val_loss": found.loss,
-        "val_perplexity": found.perplexity,
-        "val_bits_per_byte": found.bits_per_byte,
-        "val_documents": found.documents,
+    found = evaluate_checkpoint(spec, RunEvaluationDataSpec(set=name))
+    values: dict[str, Any] = {
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte,
+        "documents": found.documents,
     }
-    if found.grammar is not None:
+    if name in RESERVED_SETS:
+        values = {f"{name}_{metric}": value for metric, value in values.items()}
+    else:
+        values = {f"val_{metric}/{name}": value for metric, value in values.items()}
+    if name == "val" and found.grammar is not None:
         values |= {"excess_ratio": found.grammar.excess, "excess_nats_per_story": found.grammar.excess_nats}
         values |= {"excess_standard_error": found.grammar.standard_error}
     return values
@@ -230,11 +219,6 @@ def _tell_stories(config: TrainConfig, directory: Path) -> list[str]:
         settings.prompts, total_length=settings.total_length, sampling=settings, seed=config.run.seed
     )
     return [prompt + text for prompt, text in zip(settings.prompts, texts, strict=True)]
-
-
-def _say(stage: str, text: str) -> None:
-    """Stages speak on the standard error, so that the standard output stays JSON lines where it is no terminal."""
-    print(f"[{stage}] {text}", file=sys.stderr, flush=True)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

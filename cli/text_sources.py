@@ -28,6 +28,12 @@ def is_local(name: str) -> bool:
     return name.endswith(SUFFIXES) or name.startswith(".") or not _HUB_NAME.fullmatch(name)
 
 
+def check_local(spec: StreamDataSpec) -> None:
+    """Refuse a path that is not there."""
+    if is_local(spec.dataset_name) and not Path(spec.dataset_name).expanduser().exists():
+        raise UserError(f'data.dataset_name = "{spec.dataset_name}" does not exist; check the path')
+
+
 def find_revision(spec: StreamDataSpec, recorded: str = "") -> str:
     """The commit that a run reads: the one it began with, else the one that `revision` stands for now."""
     if is_local(spec.dataset_name):
@@ -99,8 +105,7 @@ def _open_local(spec: StreamDataSpec, paths: list[Path]) -> Documents:
 
 def _local_paths(path: Path, split: str, spec: StreamDataSpec) -> list[Path]:
     """What a split is made of: in a folder, the folder or files of its name; else the training split is everything."""
-    if not path.exists():
-        raise UserError(f'data.dataset_name = "{path}" does not exist; check the path')
+    check_local(spec)
     if path.is_dir() and split:
         named = [entry for entry in sorted(path.glob(f"{split}*")) if _is_named(entry, path / split)]
         if named:

@@ -20,6 +20,8 @@ from trainkit.errors import UserError
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
+    "train_packed": TrainConfig,
+    "train_text": TrainConfig,
     "quickstart": PipelineConfig,
     "corpus_long": PipelineConfig,
     "tinystories": PipelineConfig,
