@@ -6,7 +6,8 @@
   (`uv pip install --no-deps --target DIR megatron-core`, `PYTHONPATH=DIR`), and of random windows of a memory map.
 - `open`: a prefix of 10⁹ tokens in a million documents is opened and its last sample read; so is verification.
 - `memory`: memory of the process over 10⁵ batches.
-- `make`: `transformerlm-make-data` beside `tokenizers` in `datasets.map`, whole commands on all cores.
+- `make`: `transformerlm-make-data` beside `tokenizers` in `datasets.map`, whole commands on all cores, on sources and
+  documentation of the installed packages.
 
 Contestants take turns; medians and ratios are printed, and one JSON line last.
 """
@@ -40,7 +41,7 @@ ROWS, LENGTH = 8, 1024
 TOKENS, DOCUMENT = 50_000_000, 250
 BATCHES, REPEATS = 300, 7
 MEMORY_BATCHES = 100_000
-STORIES, VOCABULARY = 30_000, 4096
+CHARACTERS, PIECE, VOCABULARY = 24_000_000, 4000, 4096
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 Results = dict[str, float]
@@ -243,14 +244,15 @@ def map_with_datasets(text: str, tokenizer: str, cache: str) -> None:
 
 
 def bench_make(folder: Path) -> Results:
-    from transformerlm.corpus.stories import sample
+    from benchmarking.bench_tokenizer import machine_texts, text_of
     from transformerlm.tokenizer.specs import TokenizerTrainingSpec
     from transformerlm.tokenizer.trainer import train_tokenizer
 
-    stories = [sample(0, index) for index in range(STORIES)]
-    train_tokenizer(stories[:3000], TokenizerTrainingSpec(vocab_size=VOCABULARY)).save(folder / "tokenizer")
+    found = text_of(machine_texts(), CHARACTERS)
+    documents = [found[at : at + PIECE] for at in range(0, len(found), PIECE)]
+    train_tokenizer(documents[:500], TokenizerTrainingSpec(vocab_size=VOCABULARY)).save(folder / "tokenizer")
     text = folder / "train.jsonl"
-    text.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories), encoding="utf-8")
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
 
     def ours(number: int) -> list[str]:
         settings = [f"tokenizer.path={folder / 'tokenizer'}", f"output.train_prefix={folder / str(number)}"]
