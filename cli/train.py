@@ -29,13 +29,13 @@ def run(loaded: Loaded[TrainConfig], arguments: argparse.Namespace) -> int:
     if arguments.resume and not (run_directory / "config.json").exists():
         _say(f"there is no run in {run_directory} to resume: a new one starts")
     if not arguments.text:
-        return _train(loaded, resume=arguments.resume)
+        return _train(loaded, arguments)
     from cli.text import VOCAB_SIZE, describe, prepare_tokenizer
 
     _say(describe(config))
     return _train(
         loaded,
-        resume=arguments.resume,
+        arguments,
         prepare=lambda: prepare_tokenizer(config, arguments.vocab_size or VOCAB_SIZE),
     )
 
@@ -67,10 +67,18 @@ def _say(text: str) -> None:
         print(f"{COMMAND.name}: {text}", file=sys.stderr, flush=True)
 
 
-def _train(loaded: Loaded[TrainConfig], *, resume: bool, prepare: Callable[[], object] = lambda: None) -> int:
+def _train(
+    loaded: Loaded[TrainConfig], arguments: argparse.Namespace, prepare: Callable[[], object] = lambda: None
+) -> int:
     from cli.training import EXIT_CODES, train_from_config
 
-    result = train_from_config(loaded.config, config_toml=to_toml(loaded), resume=resume, prepare=prepare)
+    result = train_from_config(
+        loaded.config,
+        config_toml=to_toml(loaded),
+        resume=arguments.resume,
+        new_horizon=arguments.new_horizon,
+        prepare=prepare,
+    )
     return EXIT_CODES[result.status]
 
 
@@ -79,6 +87,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text", metavar="PATH", help="train on this file or folder of text; makes the tokenizer, too")
     add("--vocab-size", type=int, metavar="N", help="size of the tokenizer that --text makes (2048)")
     add("--resume", action="store_true", help="go on from the run's newest intact checkpoint; without one, start")
+    add("--new-horizon", action="store_true", help="let it go on with another training.max_steps than it began with")
 
 
 def _adapt(arguments: argparse.Namespace) -> None:
