@@ -41,7 +41,7 @@ ROWS, LENGTH = 8, 1024
 TOKENS, DOCUMENT = 50_000_000, 250
 BATCHES, REPEATS = 300, 7
 MEMORY_BATCHES = 100_000
-CHARACTERS, PIECE, VOCABULARY = 24_000_000, 4000, 4096
+CHARACTERS, PIECE, VOCABULARY = 16_000_000, 4000, 4096
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 Results = dict[str, float]
