@@ -470,6 +470,15 @@ def case_a_wrong_address_is_refused_at_once(c: Client) -> None:
         constants.HUGGINGFACE_CO_URL_TEMPLATE, constants.ENDPOINT = before
 
 
+def case_a_client_that_another_thread_has_closed(c: Client) -> None:
+    from huggingface_hub.utils import close_session, get_session
+
+    documents = c.open("jsonl")
+    get_session().close()
+    c.clock.at = [(0.5, close_session)]
+    assert everything(documents) == ROWS and len(c.clock.waits) == 1
+
+
 def case_ranks_that_want_one_file_fetch_it_once(c: Client) -> None:
     def fetched(threads: int) -> int:
         c.hub.requests.clear()

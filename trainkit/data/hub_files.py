@@ -145,6 +145,8 @@ class _Ranges(io.RawIOBase):
                     )
         except (TransientError, UserError, GeneratorExit):
             raise
+        except RuntimeError as error:  # the library closes the client that all threads share when one cannot connect
+            raise TransientError(_short(error)) from error
         except Exception as error:
             raise explain(error, file.name) from error
 
