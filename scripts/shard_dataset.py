@@ -46,7 +46,7 @@ from trainkit.artifacts import (
     seal_directory,
 )
 from trainkit.data.document_sets import Shard, ShardedDocuments
-from trainkit.data.documents import open_local_documents
+from trainkit.data.documents import SUFFIXES, open_local_documents
 from trainkit.data.hub import open_hub_documents, resolve_revision
 from trainkit.data.hub_files import Network
 from trainkit.errors import EXIT_INTERRUPTED, UserError
@@ -309,7 +309,10 @@ def open_source(settings: Settings, commit: str, network: Network) -> ShardedDoc
 
 
 def is_local(dataset: str) -> bool:
-    return Path(dataset).exists() or dataset.startswith((".", "/", "~"))
+    """Whether it is there, or cannot be the name of a hub data set."""
+    if Path(dataset).expanduser().exists():
+        return True
+    return dataset.endswith(SUFFIXES) or dataset.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset)
 
 
 def shard(settings: Settings, root: Path, experiment: str, *, workers: int, say: Callable[[str], None]) -> None:

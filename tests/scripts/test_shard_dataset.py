@@ -224,6 +224,7 @@ def test_bad_sources_are_one_sentence(source: Path, tmp_path: Path) -> None:
         assert all(word in str(error.value) for word in words), str(error.value)
 
     refused(tmp_path / "nowhere", "nowhere")
+    refused(Path("data/nowhere.jsonl"), "does not exist")
     refused(source, "body", text_field="body")
     refused(source, "--text-field", "body")
     (source / "a.jsonl").write_bytes(jsonl(["changed"]))
