@@ -17,6 +17,7 @@ from trainkit.data.megatron import IndexedTokens, verify
 from trainkit.data.orders import build_order
 from trainkit.data.prefetch import prefetch
 from trainkit.data.specs import DataSpec, MegatronDataSpec, PackedDataSpec, RowsDataSpec, StreamDataSpec
+from trainkit.data.splits import iterate
 from trainkit.data.streams import PackedSource, RowsSource
 from trainkit.data.windows import MegatronSource
 from trainkit.errors import UserError
@@ -63,11 +64,15 @@ def open_held_out(data: DataSpec, name: str, tokenizer: Tokenizer, revision: str
     """One set of documents that `data` keeps from training: `val`, `test` or a named one; None where there is none."""
     match data:
         case MegatronDataSpec():
-            prefixes = {MAIN: data.megatron_val_prefix, TEST: data.megatron_test_prefix, **data.validation_sets}
-            prefix = prefixes.get(name)
+            prefix = megatron_prefix(data, name)
             return HeldOutTokens(_open_tokens(prefix, tokenizer)) if prefix else None
         case PackedDataSpec() | RowsDataSpec():
             return _open_texts(data, name, tokenizer, revision)
+
+
+def megatron_prefix(data: MegatronDataSpec, name: str) -> str:
+    """The files of a held-out set; empty where there are none."""
+    return {MAIN: data.megatron_val_prefix, TEST: data.megatron_test_prefix, **data.validation_sets}.get(name, "")
 
 
 def pinned_revision(data: DataSpec, began_with: Mapping[str, Any]) -> str:
@@ -135,6 +140,8 @@ def _open_stream(
     config: TrainConfig, data: PackedDataSpec | RowsDataSpec, tokenizer: Tokenizer, revision: str
 ) -> RunData:
     documents = training_documents(data, revision)
+    if next(iterate(documents), None) is None:  # a wrong field or an empty file is found before anything is written
+        raise UserError(f"data.dataset_name = {data.dataset_name!r} holds no text to train on; check it")
     shared: dict[str, Any] = {
         "documents": documents,
         "encode": partial(tokenizer.encode_batch, allowed_special="none"),  # a document cannot end itself
@@ -167,8 +174,8 @@ def _open_texts(data: StreamDataSpec, name: str, tokenizer: Tokenizer, revision:
             texts = named_texts(data, where, revision) if where else None
     if texts == []:
         raise UserError(
-            f"the set {name!r} of data.dataset_name = {data.dataset_name!r} holds no documents; give it some, or a "
-            "larger data.validation_fraction"
+            f"the set {name!r} of data.dataset_name = {data.dataset_name!r} holds no documents; where it is a "
+            "share of few documents, raise data.validation_fraction, or cut them with data.max_document_characters"
         )
     return HeldOutTexts(f"{name} of {data.dataset_name}", texts, tokenizer) if texts else None
 

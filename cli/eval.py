@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Discriminator, TypeAdapter
 
 from cli.common import Command, run_command
 from config.loading import Loaded
@@ -24,11 +26,10 @@ from config.specs import (
     RunEvaluationDataSpec,
     TokensEvaluationDataSpec,
 )
+from trainkit.data.specs import DataSpec, MegatronDataSpec
 from trainkit.errors import EXIT_USAGE, UserError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from trainkit.data.megatron import IntArray
     from transformerlm.evaluation.likelihood import Excess, Scores
     from transformerlm.tokenizer.tokenizer import Tokenizer
@@ -198,7 +199,7 @@ def _beside_the_grammar(scores: Scores, stories: Sequence[str]) -> GrammarReport
 def _open_data(data: EvaluationDataSpec, tokenizer: Tokenizer, checkpoint: Path) -> _Data:
     match data:
         case RunEvaluationDataSpec():
-            return _open_tokens(_validation_prefix(checkpoint), tokenizer)
+            return _open_set_of_run(data.set, checkpoint, tokenizer)
         case TokensEvaluationDataSpec():
             return _open_tokens(data.prefix, tokenizer)
         case FilesEvaluationDataSpec():
@@ -233,26 +234,44 @@ def _open_tokens(prefix: str, tokenizer: Tokenizer) -> _Data:
     return _Data(prefix, documents, len(tokens), is_grammar=is_grammar)
 
 
-def _validation_prefix(checkpoint: Path) -> str:
-    """Where the run that wrote a checkpoint had its validation data."""
+def _open_set_of_run(name: str, checkpoint: Path, tokenizer: Tokenizer) -> _Data:
+    """What the run that wrote a checkpoint kept from training under this name."""
+    from cli.data_sources import megatron_prefix, open_held_out
+
+    data, revision = _data_of_run(checkpoint)
+    if isinstance(data, MegatronDataSpec) and (prefix := megatron_prefix(data, name)):
+        return _open_tokens(prefix, tokenizer)
+    held_out = None if isinstance(data, MegatronDataSpec) else open_held_out(data, name, tokenizer, revision)
+    if held_out is None:
+        named = ", ".join(data.validation_sets) or "no named ones"
+        raise UserError(
+            f"the run of {checkpoint} has no set {name!r}; data.set is val, test, or one of data.validation_sets "
+            f"({named}); or {_OTHER_DATA}"
+        )
+    return _Data(held_out.about, held_out.documents(0, len(held_out)), len(held_out), is_grammar=False)
+
+
+_OTHER_DATA = 'name the data with data.kind = "tokens" (and data.prefix), "files" or "grammar"'
+
+
+def _data_of_run(checkpoint: Path) -> tuple[DataSpec, str]:
+    """The `[data]` table of the run that wrote a checkpoint, and the commit of its hub data set."""
     path = checkpoint.parent.parent / "config.json"
-    hint = 'name the data with data.kind = "tokens" (and data.prefix), "files" or "grammar"'
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        prefix = str(config["data"]["megatron_val_prefix"])
+        table: TypeAdapter[DataSpec] = TypeAdapter(Annotated[DataSpec, Discriminator("pipeline_mode")])
+        data = table.validate_json(json.dumps(config["data"]))
+        return data, str(config.get("inputs", {}).get("revision", ""))
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{checkpoint} lies in no run directory that says what it was validated on; {hint}") from None
-    if not prefix:
-        raise UserError(f"the run of {checkpoint} had no validation data; {hint}")
-    return prefix
+        raise UserError(
+            f"{checkpoint} lies in no run directory that says what it was validated on; {_OTHER_DATA}"
+        ) from None
 
 
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray[Any, Any]]:
-    """The ids of each text and the end of text; special tokens in a text are plain characters, as in training."""
-    import numpy as np
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[IntArray]:
+    from cli.validation import encode_document
 
-    for text in texts:
-        yield np.append(tokenizer.encode(text, allowed_special="none"), np.array(tokenizer.eot_id, tokenizer.dtype))
+    return (encode_document(text, tokenizer) for text in texts)
 
 
 def _least(count: int | None, limit: int) -> int | None:
@@ -283,6 +302,7 @@ COMMAND = Command(
     examples=(
         "--ckpt runs/quickstart",
         "--config config/resources/eval.toml --ckpt runs/tinystories/checkpoints/latest --json",
+        "--ckpt runs/tinystories data.set=test",
         "--ckpt runs/quickstart data.kind=grammar data.num_stories=2000",
         "--ckpt runs/tinystories data.kind=files 'data.paths=[\"val.jsonl\"]'",
     ),

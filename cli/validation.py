@@ -6,16 +6,14 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import nn
 
 from config.schemas import TrainConfig
 from trainkit.data.megatron import IndexedTokens, IntArray
-from trainkit.distribution import World, sum_over_ranks, widest_float
+from trainkit.distribution import World, gather_over_ranks
 from trainkit.precision import autocast_context
 from transformerlm.evaluation.likelihood import score_documents
 from transformerlm.tokenizer.tokenizer import Tokenizer
@@ -24,6 +22,7 @@ MAIN = "val"
 """The set that decides which checkpoint is the best; its values carry no name."""
 TEST = "test"
 """The set that no run reads."""
+DOCUMENTS_AT_ONCE = 64
 
 
 class HeldOut(Protocol):
@@ -116,7 +115,7 @@ def build_evaluator(
     shares = {name: _share(held_out, config.evaluation.max_documents, world) for name, held_out in sets.items()}
     byte_lengths = tokenizer.byte_lengths()
 
-    def score(model: nn.Module, documents: Iterable[IntArray]) -> Mapping[str, float]:
+    def score(model: nn.Module, documents: Iterable[IntArray]) -> tuple[float, int, int]:
         scores = score_documents(
             model,
             documents,
@@ -126,27 +125,33 @@ def build_evaluator(
             stride=config.evaluation.stride,
             batch_size=config.evaluation.batch_size,
         )
-        parts = {"nats": scores.nats.sum(), "tokens": scores.tokens.sum(), "bytes": scores.bytes.sum()}
-        wide = partial(torch.tensor, dtype=widest_float(world.device), device=world.device)
-        sums = sum_over_ranks({name: wide(value) for name, value in parts.items()}, world)
-        nats, count, size = (float(sums[name]) for name in parts)
-        loss = nats / max(count, 1)
+        return math.fsum(scores.nats), int(scores.tokens.sum()), int(scores.bytes.sum())
+
+    def measure(model: nn.Module, share: Sequence[Iterable[IntArray]]) -> dict[str, float]:
+        parts = gather_over_ranks([score(model, documents) for documents in share], world)
+        nats, tokens, size = zip(*(sums for part in parts for sums in part), strict=True)
+        total = math.fsum(nats)  # exact: it does not matter in which order the ranks' parts come
+        loss = total / max(sum(tokens), 1)
         values = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
-        return values | ({"val_bits_per_byte": nats / math.log(2) / size} if size else {})
+        return values | ({"val_bits_per_byte": total / math.log(2) / sum(size)} if sum(size) else {})
 
     def evaluate(model: nn.Module, step: int) -> Mapping[str, float]:
         del step
         values: dict[str, float] = {}
         with autocast_context(config.training.precision, world.device):
-            for name, documents in shares.items():
+            for name, share in shares.items():
                 suffix = "" if name == MAIN else f"/{name}"
-                values |= {f"{metric}{suffix}": value for metric, value in score(model, documents).items()}
+                values |= {f"{metric}{suffix}": value for metric, value in measure(model, share).items()}
         return values
 
     return evaluate
 
 
-def _share(held_out: HeldOut, limit: int, world: World) -> Iterable[IntArray]:
-    """This rank's documents, tokenised here, once."""
-    last = min(len(held_out), limit or len(held_out))
-    return held_out.documents(last * world.rank // world.size, last * (world.rank + 1) // world.size)
+def _share(held_out: HeldOut, limit: int, world: World) -> list[Iterable[IntArray]]:
+    """This rank's documents, tokenised here, once.
+
+    In portions that are the same for any number of ranks: which documents share a row changes the last bits of a score.
+    """
+    count = min(len(held_out), limit or len(held_out))
+    starts = range(0, count, DOCUMENTS_AT_ONCE)[world.rank :: world.size]
+    return [held_out.documents(start, min(start + DOCUMENTS_AT_ONCE, count)) for start in starts]

@@ -25,7 +25,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "tiny"
     write_checkpoint(path, 3, best=3)
     write_tokens(path / "val", corpus="grammar", made_with=tokenizer().content_hash)
-    (path / "config.json").write_text(json.dumps({"data": {"megatron_val_prefix": str(path / "val")}}))
+    (path / "config.json").write_text(
+        json.dumps({"data": {"pipeline_mode": "megatron", "megatron_val_prefix": str(path / "val")}})
+    )
     return path
 
 

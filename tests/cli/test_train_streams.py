@@ -1,0 +1,204 @@
+"""Training on text itself: `--text`, packed and rows, named validation sets, variants, other numbers of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cli import eval as evaluation
+from cli import train
+from tests.cli.test_pipeline import records
+from trainkit.artifacts import read_manifest
+from trainkit.interrupts import Interrupts
+from transformerlm.corpus.stories import sample
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "model.num_layers=1",
+    "model.d_model=32",
+    "model.num_heads=2",
+    "model.context_length=32",
+    "training.total_batch_size=256",
+    "training.device_batch_size=2",
+    "training.max_steps=8",
+    "training.log_every=1",
+    "training.eval_every=4",
+    "training.save_every=3",
+    "training.sample_every=0",
+    "training.threads=1",
+    "training.precision=fp32",
+    "logging.plots=false",
+    "optimizer.kind=adamw",
+    "inference.prompts=[]",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformerlm.tokenizer.specs import TokenizerTrainingSpec
+    from transformerlm.tokenizer.trainer import train_tokenizer
+
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    spec = TokenizerTrainingSpec(vocab_size=400)
+    train_tokenizer((sample(3, index) for index in range(60)), spec).save(path)
+    return path
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def write_stories(path: Path, indices: range) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": sample(7, index)}) + "\n" for index in indices))
+
+
+def arguments(mode: str, tokenizer: Path, *more: str) -> list[str]:
+    data = [f"data.pipeline_mode={mode}", "data.dataset_name=stories", "data.shuffle_window=16", "data.lanes=4"]
+    return ["--config-name", "train_packed", "run.name=run", f"tokenizer.path={tokenizer}", *data, *TINY, *more]
+
+
+def metrics(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in records(run) if record["kind"] == kind]
+
+
+def test_text_alone_becomes_a_model(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    # One document without a separator, as a book is.
+    Path("My book.txt").write_text("\n\n".join(sample(1, index) for index in range(120)))
+    assert train.main(["--text", "My book.txt", "--vocab-size", "400", *TINY]) == 0
+    run = place / "runs" / "My-book"
+    assert "10% of it held out" in capfd.readouterr().err
+    assert metrics(run, "train")[-1]["step"] == 8 and metrics(run, "eval")[-1]["val_loss"] > 0
+    made = Path("artifacts/My-book/tokenizer")
+    before = read_manifest(made)
+    assert train.main(["--text", "My book.txt", "--vocab-size", "400", *TINY, "--name", "again"]) == 0
+    assert read_manifest(made) == before and "up to date" in capfd.readouterr().err
+    # The recorded configuration needs no --text any more.
+    assert train.main(["--config", str(run / "config.toml"), "--name", "third"]) == 0
+    assert records(place / "runs" / "third") == records(place / "runs" / "again")
+
+    Path("My book.txt").write_text("\n".join(f"{n} is something else entirely" for n in range(4000)))
+    assert train.main(["--text", "My book.txt", "--vocab-size", "400", *TINY, "--name", "other"]) == 0
+    assert read_manifest(made) != before
+    # A tokenizer that was named is used as it is.
+    own = ["--text", "My book.txt", f"tokenizer.path={made}", "--name", "own"]
+    assert train.main([*own, *TINY]) == 0
+    capfd.readouterr()
+    assert train.main(["--text", "gone.txt"]) == 1
+    assert "--text gone.txt does not exist" in capfd.readouterr().err
+
+
+def test_validation_sets_by_name(place: Path, tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_stories(Path("stories/train.jsonl"), range(100))
+    write_stories(Path("stories/validation/a.jsonl"), range(100, 110))
+    write_stories(Path("stories/extra.jsonl"), range(110, 115))
+    write_stories(Path("elsewhere.jsonl"), range(115, 118))
+    sets = ["data.validation_sets.extra=extra", "data.validation_sets.far=elsewhere.jsonl"]
+    assert train.main(arguments("packed", tokenizer, *sets, "evaluation.max_documents=0")) == 0
+    last = metrics(place / "runs/run", "eval")[-1]
+    names = {"val_loss", "val_loss/extra", "val_loss/far", "val_bits_per_byte/far", "val_perplexity/extra"}
+    assert names <= last.keys()
+    best = json.loads((place / "runs/run/summary.json").read_text())["best"]
+    lowest = min(record["val_loss"] for record in metrics(place / "runs/run", "eval"))
+    assert (best["metric"], best["value"]) == ("val_loss", lowest)
+    header = (place / "runs/run/metrics.csv").read_text().splitlines()[0]
+    assert "val_loss/extra" in header
+    capfd.readouterr()
+    for name, key, count in (("val", "val_loss", 10), ("extra", "val_loss/extra", 5), ("far", "val_loss/far", 3)):
+        step = ["--ckpt", "runs/run/checkpoints/latest", "--json", f"data.set={name}", "--device", "cpu"]
+        assert evaluation.main(step) == 0
+        report = json.loads(capfd.readouterr().out)
+        assert report["documents"] == count and report["loss"] == pytest.approx(last[key], rel=1e-5)
+    assert evaluation.main(["--ckpt", "runs/run", "data.set=nope", "--device", "cpu"]) == 1
+    err = capfd.readouterr().err
+    assert "no set 'nope'" in err and "extra, far" in err
+
+
+@pytest.mark.parametrize("mode", ["packed", "rows"])
+def test_resume_is_the_undisturbed_run(
+    place: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    write_stories(Path("stories/all.jsonl"), range(40))
+    held_out = ["data.train_split=", "data.validation_fraction=0.2"]
+    assert train.main(arguments(mode, tokenizer, *held_out, "run.name=whole")) == 0
+    calls = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupts, "requested", property(lambda self: next(calls) >= 4))
+        assert train.main(arguments(mode, tokenizer, *held_out)) == 75
+    assert train.main([*arguments(mode, tokenizer, *held_out, "data.workers=0", "data.prefetch=0"), "--resume"]) == 0
+    assert records(place / "runs/run") == records(place / "runs/whole")
+
+
+def test_the_small_variant_is_the_beginning(place: Path, tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_stories(Path("stories/train.jsonl"), range(60))
+    write_stories(Path("stories/validation.jsonl"), range(100, 120))
+    small = ["data.dataset_variant=small", "data.small_train_samples=20", "data.small_val_samples=6"]
+    assert train.main(arguments("rows", tokenizer, *small, "run.name=small")) == 0
+    write_stories(Path("stories/train.jsonl"), range(20))
+    write_stories(Path("stories/validation.jsonl"), range(100, 106))
+    assert train.main(arguments("rows", tokenizer, "run.name=cut")) == 0
+    assert records(place / "runs/small") == records(place / "runs/cut")
+
+
+def test_what_cannot_be_is_one_sentence(place: Path, tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_stories(Path("stories/train.jsonl"), range(10))
+    (place / "empty").mkdir()
+    for more, code, words in (
+        (["data.dataset_name=gone.jsonl"], 1, 'data.dataset_name = "gone.jsonl" does not exist'),
+        (["data.val_split=valid"], 1, 'nothing named "valid"'),
+        (["data.text_field=story", "data.val_split="], 1, "'story'"),
+        (["data.dataset_name=empty"], 1, "empty"),
+        (["tokenizer.path=gone"], 1, "tokenizer.path = gone does not exist"),
+        (["data.lanes=3"], 2, "data.lanes: must be one of 1, 2, 4, 8"),
+        (["data.lanes=16"], 2, "multiple of data.lanes (16)"),
+        (["data.validation_fraction=0.6", "data.test_fraction=0.5"], 2, "leave some to train on"),
+        (["data.validation_sets.val=x"], 2, "choose another name"),
+        (["data.dataset_name="], 2, "data.dataset_name is required"),
+    ):
+        assert train.main(arguments("packed", tokenizer, *more)) == code, more
+        err = capfd.readouterr().err
+        assert words in err and "Traceback" not in err and err.count("\n") == 1, err
+    assert not (place / "runs").exists()
+
+
+def test_resume_without_a_run_says_so(place: Path, tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_stories(Path("stories/train.jsonl"), range(20))
+    assert train.main([*arguments("packed", tokenizer, "data.val_split=", "--max-steps=1"), "--resume"]) == 0
+    assert "no run in runs/run to resume: a new one starts" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_goes_on_to_the_bit(place: Path, tokenizer: Path) -> None:
+    """Three steps on two ranks, the rest on one: every metric is that of a run on one rank."""
+    write_stories(Path("stories/train.jsonl"), range(80))
+    write_stories(Path("stories/validation.jsonl"), range(100, 200))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start(*more: str, ranks: int) -> None:
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=29541"]
+        command = [sys.executable, *(torchrun if ranks > 1 else []), "-m", "cli.train"]
+        command += arguments("packed", tokenizer, *more)
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    start("run.name=one", ranks=1)
+    start("run.name=two", ranks=2)
+    assert records(place / "runs/one") == records(place / "runs/two")
+    # As after a kill: the run ends at its checkpoint of step 3, the later ones are gone.
+    import shutil
+
+    for step in ("step-00000006", "step-00000008"):
+        shutil.rmtree(place / "runs/two/checkpoints" / step)
+    start("run.name=two", "--resume", ranks=1)
+    assert records(place / "runs/one") == records(place / "runs/two")
