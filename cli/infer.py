@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from cli.common import Command, run_command
 from config.loading import Loaded
 from config.schemas import InferConfig
-from trainkit.errors import UserError
+from trainkit.errors import EXIT_USAGE, UserError
 from transformerlm.inference.specs import InferenceSpec
 
 if TYPE_CHECKING:
@@ -29,15 +29,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(loaded: Loaded[InferConfig], arguments: argparse.Namespace) -> None:
+    from cli.watch import watch
     from transformerlm.inference.predictor import Predictor
 
     spec = loaded.config.inference
     if arguments.prompt is not None:
         spec = replace(spec, prompt=arguments.prompt)
+    if arguments.suffix is not None:
+        spec = replace(spec, suffix=arguments.suffix)
     predictor = Predictor.from_checkpoint(
         spec.checkpoint, device=spec.device, weights=spec.weights, precision=spec.precision
     )
-    if arguments.interactive:
+    if arguments.watch:
+        _check_watchable(predictor, arguments)
+        watch(predictor, spec)
+    elif arguments.interactive:
         converse(predictor, spec)
     elif arguments.json:
         for text in complete(predictor, spec):
@@ -45,22 +51,35 @@ def run(loaded: Loaded[InferConfig], arguments: argparse.Namespace) -> None:
     elif spec.num_samples == 1:
         stream(predictor, spec)
     else:
-        print(f"\n{SEPARATOR}\n".join(spec.prompt + text for text in complete(predictor, spec)))
+        print(f"\n{SEPARATOR}\n".join(spec.prompt + text + spec.suffix for text in complete(predictor, spec)))
+
+
+def _check_watchable(predictor: Predictor, arguments: argparse.Namespace) -> None:
+    if arguments.interactive or arguments.json:
+        raise UserError("--watch goes with neither --interactive nor --json; choose one", EXIT_USAGE)
+    predictor.resolve_mode("diffusion")
 
 
 def complete(predictor: Predictor, spec: InferenceSpec) -> list[str]:
     """The continuations that the settings ask for."""
     return predictor.generate_batch(
         [spec.prompt] * spec.num_samples,
+        suffix=spec.suffix,
         total_length=spec.total_length,
+        mode=spec.mode,
         sampling=spec,
+        denoising=spec,
         seed=spec.seed,
         stop_at_eot=spec.stop_at_eot,
     )
 
 
 def stream(predictor: Predictor, spec: InferenceSpec) -> None:
-    """Print the prompt and its continuation as it arises."""
+    """Print the prompt and its continuation, as it arises where that is from left to right."""
+    if predictor.resolve_mode(spec.mode) == "diffusion" or spec.suffix:
+        [text] = complete(predictor, replace(spec, num_samples=1))
+        print(spec.prompt + text + spec.suffix, flush=True)
+        return
     pieces = predictor.stream(
         spec.prompt, total_length=spec.total_length, sampling=spec, seed=spec.seed, stop_at_eot=spec.stop_at_eot
     )
@@ -95,12 +114,14 @@ def converse(predictor: Predictor, spec: InferenceSpec) -> None:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="the text to continue, whatever characters it has")
     parser.add_argument("--interactive", action="store_true", help="continue what you type, line after line")
+    parser.add_argument("--suffix", metavar="TEXT", help="text that follows what a diffusion model writes")
+    parser.add_argument("--watch", action="store_true", help="see a diffusion model's text come out of the noise")
     parser.add_argument("--json", action="store_true", help="print one JSON object per sample")
 
 
 COMMAND = Command(
     name="transformerlm-infer",
-    summary="Continue a text with a trained model.",
+    summary="Continue a text with a trained model, or with a diffusion model fill it in.",
     schema=InferConfig,
     default_config="infer",
     run=run,
@@ -108,6 +129,8 @@ COMMAND = Command(
         '--ckpt runs/quickstart --prompt "One day, Tom"',
         "--config config/resources/infer.toml inference.num_samples=3 inference.temperature=0.7",
         "--ckpt runs/quickstart --interactive",
+        "--ckpt runs/quickstart_diffusion --watch",
+        '--ckpt runs/quickstart_diffusion --prompt "Once upon a time" --suffix "They were happy."',
     ),
     useful=(
         "inference.checkpoint",
@@ -115,6 +138,9 @@ COMMAND = Command(
         "inference.total_length",
         "inference.num_samples",
         "inference.temperature",
+        "inference.mode",
+        "inference.order",
+        "inference.steps",
         "inference.top_p",
         "inference.seed",
     ),
