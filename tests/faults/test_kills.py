@@ -14,15 +14,27 @@ from typing import Any
 import pytest
 
 from cli import make_data, train_tokenizer
-from tests.faults.nursery import GROUPS
+from tests.faults.nursery import GROUPS, count_hits
 from trainkit.artifacts import verify_directory
 from trainkit.checkpoints import list_checkpoints, load_snapshot
 from trainkit.run_directory import read_status
+from transformerlm.corpus.stories import sample
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {
     "megatron": ('data.megatron_train_prefix="{place}/train"', 'data.megatron_val_prefix="{place}/val"'),
+    **{
+        mode: (
+            f"data.pipeline_mode={mode}",
+            'data.dataset_name="{place}/stories.jsonl"',
+            "data.validation_fraction=0.1",
+            "data.lanes=2",
+            "data.shuffle_window=8",
+        )
+        for mode in ("packed", "rows")
+    },
 }
+PHASES = ("step", "snapshot", "write", "rename", "prune", "evaluation")
 SETTINGS = (
     'tokenizer.path="{place}/tokenizer"',
     'run.dir="{place}"',
@@ -50,7 +62,9 @@ SETTINGS = (
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """Tokenizer and token files of a few stories."""
+    """Tokenizer, token files and text of a few stories."""
+    stories = [json.dumps({"text": sample(1, number)}) for number in range(60)]
+    (tmp_path / "stories.jsonl").write_text("\n".join(stories) + "\n")
     text = ["corpus.num_train_stories=60", "corpus.num_val_stories=6"]
     assert train_tokenizer.main([*text, "tokenizer.vocab_size=300", f"output.dir={tmp_path}/tokenizer"]) == 0
     outputs = [f"output.train_prefix={tmp_path}/train", f"output.val_prefix={tmp_path}/val"]
@@ -128,3 +142,21 @@ def test_twelve_kills(place: Path) -> None:
             sum(attempt["hit"] is not None for attempt in reports[first + 1]["attempts"]) >= plans[first + 1]["kills"]
         )
         assert hits.keys() - {"start", "data"}, hits
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(2400)
+def test_two_hundred_kills(place: Path) -> None:
+    """Over three pipelines, one and two ranks; prints the figures of `trainkit/README.md`."""
+    steps, kills = 48, 34
+    cases = [(source, ranks) for source in SOURCES for ranks in (1, 2)]
+    plans = [plan(place, *case, kills=n, steps=steps, aimed=0.75, seed=9) for case in cases for n in (0, kills)]
+    reports = carry_out(place, plans)
+    hits, total, runs = Counter[str](), 0, 0
+    for first in range(0, len(plans), 2):
+        hits += check(place, plans[first]["name"], reports[first + 1], steps)
+        total += count_hits(reports[first + 1]["attempts"])
+        runs += len(reports[first + 1]["runs"])
+    print(f"{total} kills in {runs} runs of {steps} steps: {dict(hits)}")
+    assert total >= 200
+    assert all(hits[phase] >= 20 for phase in PHASES), hits
