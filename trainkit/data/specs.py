@@ -55,7 +55,7 @@ class StreamDataSpec:
 
     dataset_name: str = ""
     """A data set of the Hugging Face hub (`roneneldan/TinyStories`), or a local file or folder: `.txt`, `.jsonl`,
-    `.parquet`, newline shards, each of them also compressed with gzip."""
+    `.parquet`, newline shards (`.lines`); all but Parquet also compressed with gzip."""
     dataset_config: str = ""
     """Configuration of a hub data set that has several, such as `sample-10BT`."""
     revision: str = ""

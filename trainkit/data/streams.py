@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -214,7 +214,7 @@ class RowsSource(StreamSource):
 
 
 def _lane_state(position: Position) -> dict[str, Any]:
-    return {"document": position.document, "offset": position.offset, "block": asdict(position.place)}
+    return {"document": position.document, "offset": position.offset, "block": dict(vars(position.place))}
 
 
 def _lane_position(state: dict[str, Any]) -> Position:
