@@ -44,11 +44,12 @@ RUN = 100_000
 STRINGS_AT_A_TIME = 50
 """Together in one example: most of the time goes into what surrounds a string, not into the string."""
 
-many = settings(
-    deadline=None,
-    max_examples=2000,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-)
+
+def many(examples: int) -> settings:
+    unhealthy = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+    return settings(deadline=None, max_examples=examples, suppress_health_check=unhealthy)
+
+
 strings = st.lists(any_text, min_size=STRINGS_AT_A_TIME, max_size=STRINGS_AT_A_TIME)
 
 
@@ -131,7 +132,7 @@ def test_real_text_of_the_machine(gpt2: Tokenizer, reference: tiktoken.Encoding)
         pytest.skip(f"only {total / 1e6:.0f} MB of text are installed here; their ids were equal")
 
 
-@many
+@many(2000)
 @given(texts=strings, threads=st.sampled_from([1, 2, 4]))
 def test_any_unicode_equals_tiktoken(
     gpt2: Tokenizer, reference: tiktoken.Encoding, texts: list[str], threads: int
@@ -148,7 +149,7 @@ def bare_reference(pattern: PatternName) -> tiktoken.Encoding:
 
 
 @pytest.mark.parametrize("pattern", ["cl100k", "o200k"])
-@settings(many, max_examples=1000)
+@many(1000)
 @given(texts=strings)
 def test_any_unicode_in_the_other_patterns(pattern: PatternName, texts: list[str]) -> None:
     found = [ids.tolist() for ids in bare(pattern).encode_batch(texts)]
@@ -218,9 +219,9 @@ def test_every_arrangement_of_special_tokens() -> None:
                 for text in texts
             ]
             assert [row.tolist() for row in tokenizer.encode_batch(texts, allowed_special=allowed)] == expected
-            plain = tokenizer._plain
-            special = tokenizer._special(allowed, "none")
-            assert [plain.encode_short(text, special) for text in texts] == expected
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(tokenizer_module, "SHORT_TEXT", 200)
+                assert [tokenizer.encode(text, allowed_special=allowed).tolist() for text in texts] == expected
         for forbidden in chosen[:1]:
             for text in texts[:: 1 + len(texts) // 20]:
                 is_there = any(name == forbidden for _, name in found_specials(text, chosen))

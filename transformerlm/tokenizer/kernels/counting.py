@@ -28,6 +28,7 @@ from transformerlm.tokenizer.kernels.machine import (
     Array,
     as_mask,
     as_number,
+    inner_kernel,
     kernel,
     load_word,
     store_word,
@@ -39,7 +40,7 @@ LONG_LENGTH = np.uint64((1 << 56) - 1)
 LONGEST_WORD = 1 << 31
 
 
-@kernel
+@inner_kernel
 def length_of(high: np.uint64) -> int:
     """How many bytes a pre-token has, from the second word of its key."""
     length = as_number(high >> LENGTH_SHIFT)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from transformerlm.tokenizer.kernels.machine import Array, kernel, prefetch
+from transformerlm.tokenizer.kernels.machine import Array, inner_kernel, kernel, prefetch
 from transformerlm.tokenizer.kernels.pairs import (
     COUNT,
     FIRST,
@@ -123,7 +123,7 @@ def learn(
     return DONE
 
 
-@kernel
+@inner_kernel
 def what_lacks(
     best: int,
     token: int,
@@ -149,7 +149,7 @@ def what_lacks(
     return NEEDS_LOG if 2 * most_places > log.shape[0] else DONE
 
 
-@kernel
+@inner_kernel
 def join_everywhere(
     best: int,
     token: int,
@@ -193,7 +193,7 @@ def join_everywhere(
     return logged
 
 
-@kernel
+@inner_kernel
 def pair_with_left(
     neighbour: int, token: int, pairs: Array, index: Array, left_pair: Array, right_pair: Array, state: Array
 ) -> int:
@@ -207,7 +207,7 @@ def pair_with_left(
     return pair
 
 
-@kernel
+@inner_kernel
 def pair_with_right(neighbour: int, token: int, pairs: Array, index: Array, right_pair: Array, state: Array) -> int:
     pair = right_pair[neighbour]
     if pair < 0:
@@ -216,7 +216,7 @@ def pair_with_right(neighbour: int, token: int, pairs: Array, index: Array, righ
     return pair
 
 
-@kernel
+@inner_kernel
 def forget(pair: int, pairs: Array, left_pair: Array, right_pair: Array) -> None:
     """Clear the tables of `pair_with_left` and `pair_with_right` for the next token."""
     left, right = pairs[pair, TOKENS] >> 32, pairs[pair, TOKENS] & LOW_32
@@ -224,7 +224,7 @@ def forget(pair: int, pairs: Array, left_pair: Array, right_pair: Array) -> None
     left_pair[right] = right_pair[right] = -1
 
 
-@kernel
+@inner_kernel
 def note_place(pair: int, node: int, count: int, pairs: Array, log: Array, logged: int) -> int:
     """Count one more place of a new pair; which pair and where goes to `log`, until all are known."""
     pairs[pair, COUNT] += count
@@ -233,7 +233,7 @@ def note_place(pair: int, node: int, count: int, pairs: Array, log: Array, logge
     return logged + 1
 
 
-@kernel
+@inner_kernel
 def write_lists(first: int, logged: int, pairs: Array, places: Array, log: Array, state: Array) -> None:
     """The lists of the pairs from `first` on, from the log."""
     place_lists(first, pairs, state)
@@ -243,7 +243,7 @@ def write_lists(first: int, logged: int, pairs: Array, places: Array, log: Array
         pairs[pair, LENGTH] += 1
 
 
-@kernel
+@inner_kernel
 def place_lists(first: int, pairs: Array, state: Array) -> None:
     """Reserve a list of the right length for each pair from `first` on, and make its length 0 to fill it."""
     for pair in range(first, state[PAIRS]):
@@ -252,7 +252,7 @@ def place_lists(first: int, pairs: Array, state: Array) -> None:
         pairs[pair, LENGTH] = 0
 
 
-@kernel
+@inner_kernel
 def append_text(left: int, right: int, token: int, texts: Array, text_ends: Array) -> None:
     end = text_ends[token]
     for part in (left, right):

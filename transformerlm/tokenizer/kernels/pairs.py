@@ -10,7 +10,7 @@ result independent of the order of words.
 from __future__ import annotations
 
 from transformerlm.tokenizer.kernels.encoding import HALF, MIX_1
-from transformerlm.tokenizer.kernels.machine import Array, as_mask, as_number, kernel
+from transformerlm.tokenizer.kernels.machine import Array, as_mask, as_number, inner_kernel, kernel
 
 # Columns of `pairs`, int64.
 TOKENS = 0
@@ -32,13 +32,13 @@ LOW_32 = (1 << 32) - 1
 # -- pairs by their tokens ---------------------------------------------------------------------------------------------
 
 
-@kernel
+@inner_kernel
 def home(tokens: int, mask: int) -> int:
     value = as_mask(tokens) * MIX_1
     return as_number(value ^ value >> HALF) & mask
 
 
-@kernel
+@inner_kernel
 def find_pair(left: int, right: int, pairs: Array, index: Array) -> int:
     """The number of a pair that exists."""
     mask = index.shape[0] - 1
@@ -48,7 +48,7 @@ def find_pair(left: int, right: int, pairs: Array, index: Array) -> int:
     return index[slot]
 
 
-@kernel
+@inner_kernel
 def add_pair(left: int, right: int, pairs: Array, index: Array, state: Array) -> int:
     """Number a new pair that does not occur yet."""
     pair = state[PAIRS]
@@ -59,7 +59,7 @@ def add_pair(left: int, right: int, pairs: Array, index: Array, state: Array) ->
     return pair
 
 
-@kernel
+@inner_kernel
 def enter(pair: int, pairs: Array, index: Array) -> None:
     mask = index.shape[0] - 1
     slot = home(pairs[pair, TOKENS], mask)
@@ -77,7 +77,7 @@ def enter_all(pairs: Array, index: Array, state: Array) -> None:
 # -- the heap: columns are the count that was true once, and the pair --------------------------------------------------
 
 
-@kernel
+@inner_kernel
 def most_frequent(heap: Array, state: Array, pairs: Array, texts: Array, text_ends: Array) -> int:
     """The pair at the top, once its count there is true; -1 if no pair is left."""
     while state[HEAP] > 0:
@@ -93,14 +93,14 @@ def most_frequent(heap: Array, state: Array, pairs: Array, texts: Array, text_en
     return -1
 
 
-@kernel
+@inner_kernel
 def drop_top(heap: Array, state: Array, pairs: Array, texts: Array, text_ends: Array) -> None:
     state[HEAP] -= 1
-    heap[0] = heap[state[HEAP]]
+    heap[0, 0], heap[0, 1] = heap[state[HEAP], 0], heap[state[HEAP], 1]
     sift_down(heap, state[HEAP], pairs, texts, text_ends)
 
 
-@kernel
+@inner_kernel
 def push(heap: Array, state: Array, count: int, pair: int, pairs: Array, texts: Array, text_ends: Array) -> None:
     hole = state[HEAP]
     state[HEAP] += 1
@@ -113,7 +113,7 @@ def push(heap: Array, state: Array, count: int, pair: int, pairs: Array, texts: 
     heap[hole, 0], heap[hole, 1] = count, pair
 
 
-@kernel
+@inner_kernel
 def sift_down(heap: Array, size: int, pairs: Array, texts: Array, text_ends: Array) -> None:
     """Move the first entry to where it belongs."""
     count, pair = heap[0, 0], heap[0, 1]
@@ -131,7 +131,7 @@ def sift_down(heap: Array, size: int, pairs: Array, texts: Array, text_ends: Arr
     heap[hole, 0], heap[hole, 1] = count, pair
 
 
-@kernel
+@inner_kernel
 def goes_before(
     count: int, pair: int, other_count: int, other: int, pairs: Array, texts: Array, text_ends: Array
 ) -> bool:
@@ -144,7 +144,7 @@ def goes_before(
     return order > 0
 
 
-@kernel
+@inner_kernel
 def compare(token: int, other: int, texts: Array, text_ends: Array) -> int:
     """Positive if the bytes of `token` are lexicographically greater, negative if less, 0 for the same token."""
     if token == other:
