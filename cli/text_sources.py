@@ -106,16 +106,27 @@ def _open_local(spec: StreamDataSpec, paths: list[Path]) -> Documents:
 def _local_paths(path: Path, split: str, spec: StreamDataSpec) -> list[Path]:
     """What a split is made of: in a folder, the folder or files of its name; else the training split is everything."""
     check_local(spec)
-    if path.is_dir() and split:
-        named = [entry for entry in sorted(path.glob(f"{split}*")) if _is_named(entry, path / split)]
-        if named:
-            return named
-    if split == spec.train_split:
-        return [path]
-    raise UserError(
-        f'data.dataset_name = "{path}" has nothing named "{split}": to hold documents out of the others, set '
-        'data.validation_fraction = 0.05; to go without, data.val_split = ""'
-    )
+    if named := _named(path, split):
+        return named
+    held_out = [spec.val_split] * (not spec.validation_fraction) + [spec.test_split] * (not spec.test_fraction)
+    if split != spec.train_split:
+        raise UserError(
+            f'data.dataset_name = "{path}" has nothing named "{split}": to hold documents out of the others, set '
+            'data.validation_fraction = 0.05; to go without, data.val_split = ""'
+        )
+    if beside := [name for name in held_out if _named(path, name)]:
+        raise UserError(
+            f'data.dataset_name = "{path}" has "{beside[0]}" and nothing named "{split}": name the training files in '
+            "data.train_split"
+        )
+    return [path]
+
+
+def _named(path: Path, split: str) -> list[Path]:
+    """The entries of a folder that make up a split."""
+    if not split or not path.is_dir():
+        return []
+    return [entry for entry in sorted(path.glob(f"{split}*")) if _is_named(entry, path / split)]
 
 
 def _is_named(entry: Path, wanted: Path) -> bool:

@@ -65,6 +65,9 @@ def _draw_loss(axes: Axes, records: Sequence[Record]) -> bool:
         best = int(np.argmin(values))
         axes.plot(steps[best], values[best], "o", color="white", markeredgecolor=ORANGE, markersize=8, zorder=4,
                   markeredgewidth=1.8, label=f"best {values[best]:.4f} at step {steps[best]:,.0f}")  # fmt: skip
+    for name in _names(records, "val_loss/"):
+        curve = _curve(records, "eval", lambda record, name=name: record.get(name))
+        axes.plot(*curve, "o--", markersize=3, linewidth=1.2, label=name.removeprefix("val_loss/"))
     axes.set(title="Loss", ylabel="loss")
     _use_log_scale_where_it_helps(axes, np.concatenate([train[1], values]))
     return bool(len(train[0]) or len(steps))
@@ -151,6 +154,11 @@ def _use_log_scale_where_it_helps(axes: Axes, values: NDArray[np.float64]) -> No
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.minorticks_off()
     axes.set_ylabel(f"{axes.get_ylabel()} (log scale)")
+
+
+def _names(records: Sequence[Record], prefix: str) -> list[str]:
+    """The values that begin so, in the order in which they appear."""
+    return list(dict.fromkeys(name for record in records for name in record if name.startswith(prefix)))
 
 
 def _curve(records: Sequence[Record], kind: str, value_of: Callable[[Record], Scalar]) -> Curve:

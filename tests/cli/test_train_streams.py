@@ -14,8 +14,11 @@ import torch
 
 from cli import eval as evaluation
 from cli import train
+from cli.text_sources import held_out_texts, training_documents
 from tests.cli.test_pipeline import records
 from trainkit.artifacts import read_manifest
+from trainkit.data.specs import PackedDataSpec
+from trainkit.data.splits import iterate, pieces
 from trainkit.interrupts import Interrupts
 from transformerlm.corpus.stories import sample
 
@@ -170,6 +173,32 @@ def test_what_cannot_be_is_one_sentence(place: Path, tokenizer: Path, capfd: pyt
         err = capfd.readouterr().err
         assert words in err and "Traceback" not in err and err.count("\n") == 1, err
     assert not (place / "runs").exists()
+
+
+def test_the_validation_split_is_not_trained_on(
+    place: Path, tokenizer: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_stories(Path("stories/all.jsonl"), range(10))
+    write_stories(Path("stories/validation.jsonl"), range(100, 110))
+    assert train.main(arguments("packed", tokenizer)) == 1
+    assert 'has "validation" and nothing named "train"' in capfd.readouterr().err
+    spec = PackedDataSpec(dataset_name="stories", train_split="all")
+    assert list(iterate(training_documents(spec, ""))) == [sample(7, index) for index in range(10)]
+    assert held_out_texts(spec, "val", "") == [sample(7, index) for index in range(100, 110)]
+    assert held_out_texts(spec, "test", "") is None
+
+
+def test_a_share_is_held_out_of_pieces(place: Path) -> None:
+    """Training, validation and test documents of one book: together all of it, none twice."""
+    book = "\n\n".join(sample(2, index) for index in range(40))
+    Path("book.txt").write_text(book)
+    spec = PackedDataSpec(
+        dataset_name="book.txt", validation_fraction=0.2, test_fraction=0.2, max_document_characters=300
+    )
+    train_texts = list(iterate(training_documents(spec, "")))
+    held_out = [text for split in ("val", "test") for text in held_out_texts(spec, split, "") or []]
+    assert sorted(train_texts + held_out) == sorted(pieces(book, 300))
+    assert train_texts and held_out and not set(train_texts) & set(held_out)
 
 
 def test_resume_without_a_run_says_so(place: Path, tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:

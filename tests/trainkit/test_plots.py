@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from trainkit.errors import UserError
 from trainkit.logging.jsonl import MetricsFile
-from trainkit.logging.records import Scalar, stamp
-from trainkit.plots import draw_plots, smooth
+from trainkit.logging.records import Record, Scalar, stamp
+from trainkit.plots import DRAWINGS, draw_plots, smooth
 
 NAMES = ["loss.png", "learning_rate.png", "gradient_norm.png", "throughput.png"]
 
@@ -80,6 +81,16 @@ def test_four_pictures_decode(tmp_path: Path) -> None:
 )
 def test_whatever_there_is_is_drawn(tmp_path: Path, records: list[Mapping[str, Scalar]], names: list[str]) -> None:
     assert [path.name for path in draw_plots(write_metrics(tmp_path, *records), tmp_path / "plots")] == names
+
+
+def test_named_validation_sets_have_curves_of_their_own() -> None:
+    records: list[Record] = [
+        {"kind": "eval", "step": step, "time": 0.0, "val_loss": 2.5, "val_loss/wiki": 3.0 - step / 10}
+        for step in (1, 2)
+    ]
+    axes = Figure().add_subplot()
+    assert DRAWINGS["loss"](axes, records)
+    assert "wiki" in axes.get_legend_handles_labels()[1]
 
 
 def test_a_torn_line_is_no_obstacle_and_a_damaged_one_is_named(tmp_path: Path) -> None:
