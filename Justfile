@@ -23,6 +23,10 @@ check:
 test *args:
     uv run pytest {{ args }}
 
+# Kill training 200 times, anywhere, and compare every bit with the undisturbed run (about 10 minutes)
+torture:
+    uv run pytest tests/faults -m torture -s
+
 # The loop against a hand-written one
 bench:
     uv run python -m benchmarking.bench_loop

@@ -89,11 +89,8 @@ def mirror(remote: Remote, root: Path, spec: CheckpointSpec) -> list[int]:
     What local retention deletes in the middle of its upload is left out.
     """
     local = {checkpoint_step(path): path for path in list_checkpoints(root)}
-    if not local:
-        return []
-    newest = max(local)
-    there, done = remote.steps(), list[int]()
-    for step in sorted(local.keys() - set(there), reverse=True):
+    done: list[int] = []
+    for step in sorted(local.keys() - set(remote.steps()), reverse=True):
         try:
             upload(remote, local[step])
         except (OSError, UserError):
@@ -101,12 +98,19 @@ def mirror(remote: Remote, root: Path, spec: CheckpointSpec) -> list[int]:
                 raise
         else:
             done.append(step)
-    trainer = json.loads((local[newest] / "trainer.json").read_text(encoding="utf-8"))
-    there = remote.steps()
-    kept = steps_to_keep(spec, there, newest=newest, best=trainer.get("best", {}).get("step"))
-    for step in set(there) - kept:
-        _delete(remote, remote.path(step))
+    _prune(remote, root, spec)
     return done
+
+
+def _prune(remote: Remote, root: Path, spec: CheckpointSpec) -> None:
+    there, local = remote.steps(), list_checkpoints(root)
+    try:
+        trainer = json.loads((local[-1] / "trainer.json").read_text(encoding="utf-8"))
+    except (IndexError, FileNotFoundError):  # meanwhile deleted here, because there is a newer one: its turn will come
+        return
+    newest, best = checkpoint_step(local[-1]), trainer.get("best", {}).get("step")
+    for step in set(there) - steps_to_keep(spec, there, newest=newest, best=best):
+        _delete(remote, remote.path(step))
 
 
 def fetch_newest(remote: Remote, root: Path) -> tuple[Path | None, list[str]]:

@@ -49,7 +49,8 @@ GROUPS = {
     "renamed": "rename",
     "evaluate": "evaluation",
 }
-AIMS = ("step", "snapshot", "write", "rename", "verify", "prune", "evaluate")
+AIMS = ("step", "snapshot", "snapshot", "write", "rename", "rename", "verify", "prune", "evaluate", "evaluate")
+"""Stages to aim at; twice where kills at random seldom hit."""
 TIMEOUT = 120.0
 GRACE = 2.0
 """Seconds until the other ranks of one that was killed are ended, as a launcher does."""
@@ -242,7 +243,7 @@ def draw_aim(plan: dict[str, Any], draw: random.Random) -> Aim:
         return Aim(rank, draw.uniform(0, plan["seconds"]), "first step")
     stage = draw.choice(AIMS)
     only_main = stage not in ("step", "evaluate")  # the other ranks save nothing
-    holds = only_main and draw.random() < 0.7  # these stages are short: the kill would often come too late
+    holds = stage != "step" and draw.random() < 0.8  # these stages are short: the kill would often come too late
     return Aim(0 if only_main else rank, draw.uniform(0, 0.002), stage, draw.randint(1, 4), holds)
 
 

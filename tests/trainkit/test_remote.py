@@ -120,6 +120,25 @@ def test_an_upload_that_breaks_off_is_nothing_and_the_next_round_makes_up_for_it
     assert choose_beginning(place).path.name == "step-00000002"
 
 
+def test_what_retention_deletes_in_the_middle_of_its_upload_is_left_out(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, remote = store(tmp_path / "near", url, keep_last=1), open_remote(url)
+    save_checkpoint(place, state(1))
+    put, newer = remote.files.put_file, iter([2])
+
+    def save_meanwhile(*arguments: Any) -> None:
+        for step in newer:
+            save_checkpoint(place, state(step))
+        put(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote.files, "put_file", save_meanwhile)
+        assert mirror(remote, place.root, place.spec) == []
+    assert remote.steps() == []
+    assert mirror(remote, place.root, place.spec) == [2] == remote.steps()
+
+
 def test_a_network_that_is_down_never_stops_the_run(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def down(self: Remote) -> list[int]:
         raise ConnectionError("no route to host")
