@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from config.corpora import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
-from trainkit.data.splits import Split, split_of
+from trainkit.data.splits import Split, iterate, split_of
 from trainkit.errors import UserError
 
 SPLIT_RECIPE = 2
@@ -145,36 +146,32 @@ def _hub_split(corpus: HubCorpusSpec, split: Split) -> str:
     return corpus.val_split if split == "val" else corpus.test_split
 
 
+@cache
+def _commit(name: str, revision: str, cache_dir: str) -> str:
+    """Asked once: all that a command makes is made of the same documents."""
+    from cli.text_sources import network
+    from trainkit.data.hub import resolve_revision
+
+    return resolve_revision(name, revision, cache_dir=cache_dir, network=network())
+
+
 def _hub_documents(corpus: HubCorpusSpec, split: Split) -> Iterator[str]:
-    name = _hub_split(corpus, split)
-    where, column = f"the data set {corpus.dataset_name!r}", corpus.text_field
-    for number, row in enumerate(_hub_rows(corpus, name), start=1):
-        if column not in row:
-            raise UserError(f"{where} has no column {column!r}; it has {', '.join(row)}")
-        text = row[column]
-        if not isinstance(text, str):
-            found = type(text).__name__
-            raise UserError(f"row {number} of {where} has {found} in {column!r}, not a string; name another text_field")
-        yield text
+    from cli.text_sources import network
+    from trainkit.data.hub import open_hub_documents
 
-
-def _hub_rows(corpus: HubCorpusSpec, name: str) -> Iterator[dict[str, object]]:
-    import datasets
-
-    try:
-        yield from cast(
-            "Iterable[dict[str, object]]",
-            datasets.load_dataset(
-                corpus.dataset_name, split=name, cache_dir=corpus.cache_dir or None, streaming=not corpus.cache_dir
-            ),
-        )
-    except Exception as error:
-        # The library raises a dozen unrelated types for a name, a network (at any row) or a login that is wrong.
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"cannot read the split {name!r} of the data set {corpus.dataset_name!r} ({reason}); "
-            "check its name, the network, and HF_TOKEN where it is private"
-        ) from error
+    whole = any(_fractions(corpus).values()) and _is_from_training(corpus, split)
+    documents = open_hub_documents(
+        corpus.dataset_name,
+        config=corpus.dataset_config,
+        split=_hub_split(corpus, split),
+        revision=_commit(corpus.dataset_name, corpus.revision, corpus.cache_dir),
+        text_field=corpus.text_field,
+        cache_dir=corpus.cache_dir,
+        streaming=not corpus.cache_dir,
+        max_documents=0 if whole else _limit(corpus, split) or 0,
+        network=network(),
+    )
+    return iterate(documents)
 
 
 def require_documents(documents: Iterator[str], what: str) -> Iterator[str]:

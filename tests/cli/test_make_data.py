@@ -11,9 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,8 @@ from cli import make_data, token_files
 from cli.corpora import fingerprint, has_split, open_documents
 from cli.token_files import build_token_files
 from config.corpora import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
+from trainkit.data import hub
+from trainkit.data.document_sets import ShardedDocuments
 from trainkit.data.megatron import IndexedTokens
 from trainkit.data.megatron_writer import IndexedWriter
 from trainkit.data.splits import Split
@@ -283,43 +284,54 @@ def test_with_validation_files_each_split_depends_on_its_own(tmp_path: Path) -> 
     assert fingerprint(corpus, "val") == fingerprint(other_train, "val") != fingerprint(other_val, "val")
 
 
-def broken_stream() -> Iterator[dict[str, object]]:
-    yield {"text": "one"}
-    raise ConnectionError("the connection was reset\nand more")
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A data file whose rows may be an exception."""
+
+    rows: Sequence[str | UserError]
+
+    def read(self, start: int) -> Iterator[str]:
+        for row in self.rows[start:]:
+            if isinstance(row, UserError):
+                raise row
+            yield row
 
 
-@pytest.mark.parametrize(
-    ("stream", "words"),
-    [
-        (broken_stream, r"cannot read the split 'train' of the data set 'x' \(the connection was reset\); check"),
-        (lambda: [{"text": "one"}, {"text": None}], "row 2 of the data set 'x' has NoneType in 'text', not a string"),
-        (lambda: [{"text": 3}], "row 1 of the data set 'x' has int in 'text', not a string"),
-        (lambda: [{"words": "one", "id": 1}], "the data set 'x' has no column 'text'; it has words, id"),
-        (lambda: 1 / 0, r"cannot read the split 'train' of the data set 'x' \(division by zero\)"),
-    ],
-)
+def serve(monkeypatch: pytest.MonkeyPatch, splits: Mapping[str, Sequence[str | UserError]]) -> None:
+    """Stand in for the hub, which tests of its own serve over HTTP."""
+
+    def open_hub_documents(name: str, *, split: str, max_documents: int, **options: object) -> ShardedDocuments:
+        assert options["revision"] == "commit"
+        return ShardedDocuments([Rows(splits[split][: max_documents or None])], name)
+
+    monkeypatch.setattr(hub, "resolve_revision", lambda *arguments, **options: "commit")
+    monkeypatch.setattr(hub, "open_hub_documents", open_hub_documents)
+
+
+BROKEN = ("one", UserError("row 2 of the data set 'x' has a number in 'text', not a string"))
+
+
 def test_a_hub_stream_that_breaks_is_one_sentence_and_leaves_nothing(
-    tmp_path: Path,
-    tokenizer: Tokenizer,
-    monkeypatch: pytest.MonkeyPatch,
-    stream: Callable[[], Iterable[dict[str, object]]],
-    words: str,
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = SimpleNamespace(load_dataset=lambda *arguments, **options: stream())
-    monkeypatch.setitem(sys.modules, "datasets", hub)
-    with pytest.raises(UserError, match=words) as error:
+    serve(monkeypatch, {"train": BROKEN})
+    with pytest.raises(UserError, match="row 2 of the data set 'x' has a number"):
         build_token_files(HubCorpusSpec(dataset_name="x"), "train", tokenizer, tmp_path / "a", workers=1)
-    assert "\n" not in str(error.value)
     assert entries(tmp_path) == []
 
 
-def test_hub_documents_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = SimpleNamespace(load_dataset=lambda name, split, **options: ({"t": f"{split} {i}"} for i in range(9)))
-    monkeypatch.setitem(sys.modules, "datasets", hub)
-    corpus = HubCorpusSpec(dataset_name="x", text_field="t", max_train_documents=2, max_val_documents=1)
-    assert list(open_documents(corpus, "train")) == ["train 0", "train 1"]
-    assert list(open_documents(corpus, "val")) == ["validation 0"]
+def test_hub_documents_are_limited_and_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"text {i}" for i in range(40)]
+    serve(monkeypatch, {"train": texts, "validation": ["v0", "v1"], "test": ["t0"]})
+    corpus = HubCorpusSpec(dataset_name="x", max_train_documents=2, max_val_documents=1, test_split="test")
+    found = [list(open_documents(corpus, split)) for split in SPLITS]
+    assert found == [["text 0", "text 1"], ["v0"], ["t0"]]
     assert list(open_documents(dataclasses.replace(corpus, val_split=""), "val")) == []
+    shared = HubCorpusSpec(dataset_name="x", validation_fraction=0.3, test_fraction=0.2)
+    held_out = [list(open_documents(shared, split)) for split in SPLITS]
+    assert sorted([*held_out[0], *held_out[1], *held_out[2]]) == sorted(texts) and all(held_out)
+    few = dataclasses.replace(shared, max_train_documents=3, max_val_documents=2)
+    assert [list(open_documents(few, split)) for split in SPLITS] == [held_out[0][:3], held_out[1][:2], held_out[2]]
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -538,13 +550,12 @@ def test_a_hub_text_that_has_changed_is_not_mixed(
     """Its name is all that the fingerprint knows."""
     monkeypatch.setattr(token_files, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(token_files, "CHUNK_CHARACTERS", 1)
-    hub = SimpleNamespace(load_dataset=lambda *arguments, **options: broken_stream())
-    monkeypatch.setitem(sys.modules, "datasets", hub)
+    serve(monkeypatch, {"train": BROKEN})
     corpus, prefix = HubCorpusSpec(dataset_name="x"), tmp_path / "a"
-    with pytest.raises(UserError, match="the connection was reset"):
+    with pytest.raises(UserError, match="not a string"):
         build_token_files(corpus, "train", tokenizer, prefix, workers=1)
-    hub.load_dataset = lambda *arguments, **options: [{"text": "longer"}, {"text": "two"}]
+    serve(monkeypatch, {"train": ["longer", "two"]})
     with pytest.raises(UserError, match=r"not what it was.*--force"):
         build_token_files(corpus, "train", tokenizer, prefix, workers=1)
-    hub.load_dataset = lambda *arguments, **options: [{"text": "one"}, {"text": "two"}]
+    serve(monkeypatch, {"train": ["one", "two"]})
     assert build_token_files(corpus, "train", tokenizer, prefix, workers=1).manifest.documents == 2
