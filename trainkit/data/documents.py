@@ -212,7 +212,9 @@ def _parquet_rows(file: Path, text_field: str, start: int) -> Iterator[str]:
                 if start >= end:
                     row = end
                     continue
-                for batch in table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[text_field]):
+                for batch in table.iter_batches(
+                    _BATCH_ROWS, row_groups=[group], columns=[text_field], use_threads=False
+                ):
                     for text in batch.column(0)[max(start - row, 0) :].to_pylist():
                         if not isinstance(text, str):
                             kind = type(text).__name__
