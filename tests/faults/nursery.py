@@ -34,6 +34,8 @@ from cli.training import EXIT_CODES, train_from_config
 from config.loading import load, shipped
 from config.schemas import TrainConfig
 from trainkit import artifacts, checkpoint_writer
+from trainkit.artifacts import verify_directory
+from trainkit.checkpoints import list_checkpoints
 from trainkit.errors import UserError
 from trainkit.watchdog import Watchdog
 
@@ -66,6 +68,8 @@ class Aim:
     occurrence: int = 1
     holds: bool = False
     """Whether the thread that has entered the stage waits there for the kill; the other goes on."""
+    signal: int = signal.SIGKILL
+    """`SIGTERM` asks instead: the run saves and stops."""
 
 
 class Marks:
@@ -183,9 +187,9 @@ def attempt(config: TrainConfig, ranks: int, output: Path, aim: Aim | None) -> d
         victim = next(child for child, rank in children.items() if rank == aim.rank)
         reap(children, codes)
         if aim.rank not in codes:
-            os.kill(victim, signal.SIGKILL)
+            os.kill(victim, aim.signal)
             hit = marks.get(aim.rank)
-    deadline = time.monotonic() + (GRACE if hit else TIMEOUT)
+    deadline = time.monotonic() + (GRACE if hit and aim and aim.signal == signal.SIGKILL else TIMEOUT)
     while len(codes) < ranks and time.monotonic() < deadline:
         reap(children, codes)
         time.sleep(0.002)
@@ -199,6 +203,7 @@ def attempt(config: TrainConfig, ranks: int, output: Path, aim: Aim | None) -> d
     return {
         "codes": [codes[rank] for rank in range(ranks)],
         "hit": list(hit) if hit and was_killed else None,
+        "asked": list(hit) if hit and aim and aim.signal == signal.SIGTERM else None,
         "aim": aim.stage if aim else "",
         "ended_by_launcher": ended_by_launcher,
         "seconds": time.monotonic() - started,
@@ -225,6 +230,8 @@ def torture(plan: dict[str, Any]) -> dict[str, Any]:
         while not attempts or attempts[-1]["codes"] != [0] * ranks or attempts[-1]["run"] != runs[-1]:
             aim = draw_aim(plan, draw) if count_hits(attempts) < plan["kills"] else None
             attempts.append({"run": runs[-1], **attempt(config, ranks, output, aim)})
+            if attempts[-1]["hit"] and draw.random() < plan["damage"]:
+                attempts[-1]["damaged"] = damage_newest(Path(config.run.dir) / runs[-1] / "checkpoints", draw)
             if len(attempts) > 4 * plan["kills"] + 8:
                 raise RuntimeError(f"no progress; see {output}: {attempts[-4:]}")
     return {"attempts": attempts, "runs": runs}
@@ -239,12 +246,37 @@ def draw_aim(plan: dict[str, Any], draw: random.Random) -> Aim:
     rank, which = draw.randrange(plan["ranks"]), draw.random()
     if which < 0.1:
         return Aim(rank, draw.uniform(0, plan["seconds"]))
+    if which < 0.2:
+        return Aim(rank, draw.uniform(0, plan["seconds"]), "first step", signal=signal.SIGTERM)
     if which < 1 - plan["aimed"]:
         return Aim(rank, draw.uniform(0, plan["seconds"]), "first step")
     stage = draw.choice(AIMS)
     only_main = stage not in ("step", "evaluate")  # the other ranks save nothing
     holds = stage != "step" and draw.random() < 0.8  # these stages are short: the kill would often come too late
     return Aim(0 if only_main else rank, draw.uniform(0, 0.002), stage, draw.randint(1, 4), holds)
+
+
+def damage_newest(root: Path, draw: random.Random) -> str:
+    """Flip a bit of a file, cut it or delete it, unless nothing intact would be left; returns its name."""
+    paths = list_checkpoints(root)[-2:]
+    try:
+        for path in paths:
+            verify_directory(path)
+    except UserError:
+        return ""
+    if len(paths) < 2:
+        return ""
+    file = draw.choice(sorted(path for path in paths[-1].rglob("*") if path.is_file()))
+    content = bytearray(file.read_bytes())
+    match draw.choice(["flip", "cut", "delete"]):
+        case "flip":
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            file.write_bytes(content)
+        case "cut":
+            file.write_bytes(content[: draw.randrange(len(content))])
+        case _:
+            file.unlink()
+    return str(file.relative_to(root))
 
 
 def configuration(plan: dict[str, Any], name: str) -> TrainConfig:

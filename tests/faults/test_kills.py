@@ -1,4 +1,7 @@
-"""A run that is killed anywhere, any number of times, ends as the one that was left alone: to the bit, with no hand."""
+"""A run that is killed anywhere, any number of times, ends as the one that was left alone: to the bit, with no hand.
+
+Some of the signals are SIGTERM, and some checkpoints are damaged between two attempts.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,7 @@ def place(tmp_path: Path) -> Path:
 def plan(place: Path, source: str, ranks: int, kills: int, *, steps: int, **more: Any) -> dict[str, Any]:
     settings = [text.format(place=place) for text in (*SETTINGS, *SOURCES[source])]
     name = f"{source}-{ranks}-{'killed' if kills else 'undisturbed'}"
-    facts = {"seed": 1, "aimed": 0.6, "seconds": 1.0}
+    facts = {"seed": 1, "aimed": 0.6, "damage": 0.3, "seconds": 1.0}
     return facts | {
         "name": name,
         "ranks": ranks,
@@ -128,6 +131,9 @@ def check(place: Path, undisturbed: str, report: dict[str, Any], steps: int) -> 
         assert digest(place / run) == digest(place / undisturbed)
         assert read_status(place / run)["status"] == "finished"
         assert not [path.name for path in (place / run / "checkpoints").iterdir() if path.name.startswith(".")]
+    for attempt in report["attempts"]:
+        if attempt["asked"] and attempt["asked"][0] != "start":
+            assert set(attempt["codes"]) in ({75}, {0}), attempt  # all ranks agree
     hits = [attempt["hit"] for attempt in report["attempts"] if attempt["hit"]]
     return Counter(GROUPS.get(stage, stage) for hit in hits for stage in hit if stage not in ("idle", "saved"))
 
@@ -153,10 +159,15 @@ def test_two_hundred_kills(place: Path) -> None:
     plans = [plan(place, *case, kills=n, steps=steps, aimed=0.75, seed=9) for case in cases for n in (0, kills)]
     reports = carry_out(place, plans)
     hits, total, runs = Counter[str](), 0, 0
+    asked = damaged = 0
     for first in range(0, len(plans), 2):
         hits += check(place, plans[first]["name"], reports[first + 1], steps)
         total += count_hits(reports[first + 1]["attempts"])
         runs += len(reports[first + 1]["runs"])
-    print(f"{total} kills in {runs} runs of {steps} steps: {dict(hits)}")
+        asked += sum(attempt["asked"] is not None for attempt in reports[first + 1]["attempts"])
+        damaged += sum(bool(attempt.get("damaged")) for attempt in reports[first + 1]["attempts"])
+    print(
+        f"{total} kills, {asked} SIGTERM, {damaged} damaged checkpoints in {runs} runs of {steps} steps: {dict(hits)}"
+    )
     assert total >= 200
     assert all(hits[phase] >= 20 for phase in PHASES), hits
