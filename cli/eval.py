@@ -227,7 +227,7 @@ def _open_tokens(prefix: str, tokenizer: Tokenizer) -> _Data:
         if tokens.manifest.tokenizer not in ("", tokenizer.content_hash):
             raise UserError(
                 f"{prefix} was made with another tokenizer than the checkpoint's; make the files again with "
-                "transformerlm-make-data and the tokenizer in the checkpoint's folder"
+                "uv run transformerlm-make-data and the tokenizer in the checkpoint's folder"
             )
     documents = (tokens.document(index) for index in range(len(tokens)))
     is_grammar = source.get("corpus", {}).get("kind") == "grammar"

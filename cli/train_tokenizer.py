@@ -47,7 +47,7 @@ def run(loaded: Loaded[TrainTokenizerConfig], arguments: argparse.Namespace) -> 
     if about["dropped_words"]:
         share = f"{about['dropped_words']:,} occurrences of rare words were left out"
         print(f"max_words = {config.tokenizer.max_words:,} words were kept at most; {share}")
-    print(f"next: transformerlm-make-data tokenizer.path={directory}, with the same [corpus]")
+    print(f"next: uv run transformerlm-make-data tokenizer.path={directory}, with the same [corpus]")
 
 
 def train_on_documents(documents: Iterable[str], spec: TokenizerTrainingSpec) -> tuple[Tokenizer, dict[str, Any]]:

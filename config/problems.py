@@ -117,6 +117,9 @@ def _explain(
         kind == "bool_type" and isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "on", "off")
     ):
         yield kind, path, value, f"must be true or false (in small letters), not {value!r}"
+    elif kind in ("list_type", "tuple_type"):
+        example = json.dumps([value]) if isinstance(value, str | int | float) else '["a", "b"]'
+        yield kind, path, value, f"must be a list{_given(value)}: on the command line write '{dotted(path)}={example}'"
     elif kind == "string_too_short":
         yield kind, path, value, "must not be empty"
     elif kind == "string_pattern_mismatch":

@@ -112,8 +112,6 @@ _FILES = {
     "val_prefix": "data.megatron_val_prefix",
     "data.mode": "data.pipeline_mode",
     "data.kind": "data.pipeline_mode",
-    "dataset": "corpus.dataset_name",
-    "dataset_path": "corpus.dataset_name",
     "checkpoint_dir": "run.dir",
     "checkpoint_path": "inference.checkpoint",
     "ckpt": "inference.checkpoint",
@@ -138,7 +136,12 @@ _SEVERAL = {
     "max_length": ("inference.total_length", "model.context_length"),
     "batch_size": ("training.device_batch_size", "evaluation.batch_size"),
     "dtype": ("training.precision", "inference.precision", "evaluation.precision", "output.dtype"),
-    "dataset": ("corpus.dataset_name", "corpus.train_paths", "data.megatron_train_prefix"),
+    "dataset": ("corpus.dataset_name", "corpus.train_paths", "data.dataset_name", "data.megatron_train_prefix"),
+    "dataset_path": ("corpus.dataset_name", "data.dataset_name"),
+    "text_column": ("corpus.text_field", "data.text_field"),
+    "eval_split": ("corpus.val_split", "data.val_split"),
+    "validation_split": ("corpus.val_split", "data.val_split"),
+    "val_fraction": ("corpus.validation_fraction", "data.validation_fraction"),
 }
 
 SPELLINGS: Mapping[str, tuple[str, ...]] = {

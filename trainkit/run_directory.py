@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "checkpoint",
     "distributed",
     "profiling",
+    "data.cache_dir",
     "data.prefetch",
     "data.verify",
     "data.workers",

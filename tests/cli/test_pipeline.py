@@ -158,10 +158,13 @@ def test_a_run_keeps_the_precision_it_began_with(place: Path, monkeypatch: pytes
 
 
 def test_a_missing_summary_is_made_again(place: Path) -> None:
-    assert pipeline.main([*SMALL, "--max-steps", "2"]) == 0
+    test_split = [*SMALL, "--max-steps", "2", "corpus.num_test_stories=5"]
+    assert pipeline.main(test_split) == 0
     (place / "runs/small/summary.json").unlink()
-    assert pipeline.main([*SMALL, "--max-steps", "2"]) == 0
-    assert "stories" in json.loads((place / "runs/small/summary.json").read_text())
+    assert pipeline.main(test_split) == 0
+    summary = json.loads((place / "runs/small/summary.json").read_text())
+    assert "stories" in summary
+    assert (summary["val_documents"], summary["test_documents"]) == (12, 5) and summary["test_loss"] > 0
 
 
 def test_a_run_that_keeps_no_optimizer_resumes_after_an_interrupt_and_after_its_end(

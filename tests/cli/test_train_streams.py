@@ -17,6 +17,9 @@ from cli import train
 from cli.text_sources import held_out_texts, training_documents
 from tests.cli.test_pipeline import records
 from trainkit.artifacts import read_manifest
+from trainkit.data import hub
+from trainkit.data.document_sets import ShardedDocuments
+from trainkit.data.documents import open_local_documents
 from trainkit.data.specs import PackedDataSpec
 from trainkit.data.splits import iterate, pieces
 from trainkit.interrupts import Interrupts
@@ -199,6 +202,35 @@ def test_a_share_is_held_out_of_pieces(place: Path) -> None:
     held_out = [text for split in ("val", "test") for text in held_out_texts(spec, split, "") or []]
     assert sorted(train_texts + held_out) == sorted(pieces(book, 300))
     assert train_texts and held_out and not set(train_texts) & set(held_out)
+
+
+def test_a_run_keeps_the_revision_it_began_with(
+    place: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_stories(Path("train.jsonl"), range(20))
+    newest, opened = ["first"], list[tuple[str, str]]()
+
+    def open_hub_documents(name: str, *, split: str, revision: str, **options: Any) -> ShardedDocuments:
+        opened.append((split, revision))
+        found = open_local_documents("train.jsonl")
+        return ShardedDocuments(found.shards, f"{name} {split} {revision}")
+
+    monkeypatch.setattr(hub, "resolve_revision", lambda *arguments, **options: newest[-1])
+    monkeypatch.setattr(hub, "open_hub_documents", open_hub_documents)
+    remote = arguments("packed", tokenizer, "data.dataset_name=some/stories", "training.save_every=2")
+    calls = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupts, "requested", property(lambda self: next(calls) >= 2))
+        assert train.main(remote) == 75
+    newest.append("second")
+    assert train.main([*remote, "--resume"]) == 0
+    assert evaluation.main(["--ckpt", "runs/run", "--device", "cpu"]) == 0
+    assert set(opened) == {("train", "first"), ("validation", "first")}
+    assert train.main([*remote, "run.name=later"]) == 0
+    assert opened[-1][1] == "second"
+    capfd.readouterr()
+    assert train.main([*remote, "data.revision=second", "--resume"]) == 2
+    assert "data.revision" in capfd.readouterr().err
 
 
 def test_resume_without_a_run_says_so(place: Path, tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:

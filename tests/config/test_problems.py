@@ -99,7 +99,7 @@ def test_nothing_near_lists_what_there_is() -> None:
         ("schedule=7", "schedule", "is a table"),
         ("model=7", "model", "is a table"),
         ("inference.prompts=[1]", "inference.prompts[0]", "valid string"),
-        ("inference.prompts=Once", "inference.prompts", "valid"),
+        ("inference.prompts=Once", "inference.prompts", "must be a list"),
         ("run.name=a/b", "run.name", "name of a folder"),
         ("run.name=..", "run.name", "name of a folder"),
         ("run.dir=", "run.dir", "must not be empty"),
@@ -173,3 +173,20 @@ def test_validation_from_python_is_strict_too() -> None:
 
 def test_tables_and_their_fields_agree_with_the_schema() -> None:
     assert set(fields(PipelineConfig)) == set(PipelineConfig.model_fields)
+
+
+def test_data_of_another_pipeline() -> None:
+    needed = ("tokenizer.path=t", "data.megatron_train_prefix=p")
+    assert 'belongs to data.pipeline_mode = "packed", data.pipeline_mode = "rows"' in only(
+        TrainConfig, *needed, "data.text_field=x"
+    )
+    stream = ("tokenizer.path=t", "data.pipeline_mode=rows", "data.dataset_name=d")
+    assert "`data.text_field`" in only(TrainConfig, *stream, "data.text_column=x")
+    assert "data.lanes: must be one of 1, 2, 4, 8" in only(TrainConfig, *stream, "data.lanes=5")
+    assert "`data.pipeline_mode`" in only(TrainConfig, *stream, "data.mode=packed")
+    assert "must be a valid string, not 3" in only(TrainConfig, *stream, "data.validation_sets={ wiki = 3 }")
+
+
+def test_a_list_says_how_it_is_written() -> None:
+    message = only(PipelineConfig, "corpus.kind=files", "corpus.train_paths=a.txt")
+    assert """write 'corpus.train_paths=["a.txt"]'""" in message
