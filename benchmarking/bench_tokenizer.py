@@ -17,8 +17,8 @@ What `benchmark.measure` names, all of it by default:
 - `start`: a new process from the import to the first text encoded by the kernels, which are cached, as is the bytecode
   of every module; beside `import numba` alone.
 
-Speeds of one thread are counted in processor time, which a busy machine disturbs less than the clock does; what runs on
-several threads, and the start, is timed by the clock. Kernels are compiled or loaded before anything is timed.
+One thread is counted in processor time, which a busy machine disturbs less than the clock does; what runs on several
+threads, or reads files, is timed by the clock. Kernels are compiled or loaded before anything is timed.
 
 Peers take part where they are installed, none is needed: tiktoken, tokenizers, gigatoken, rustbpe (trains only) and
 sentencepiece, whose ids are not compared, because it works on characters and cannot take our vocabulary.
@@ -306,7 +306,7 @@ def peak_megabytes(code: str) -> float:
 
 
 def start_up(report: Report, directory: Path, repeats: int) -> None:
-    """New processes, by the clock: `import numba`; to the first text encoded by the kernels; to the first short one."""
+    """New processes: `import numba`; to the first text encoded by the kernels; to the first short one."""
     load = f"from transformerlm.tokenizer.tokenizer import Tokenizer; t = Tokenizer.load({str(directory)!r})\n"
     size = readiness.LOADING_COST  # the shortest text for which the kernels are loaded
     programs = {
@@ -317,7 +317,7 @@ def start_up(report: Report, directory: Path, repeats: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(2 * repeats + 2):
         for name, code in programs.items():
-            timed = f"import time; start = time.perf_counter()\n{code}\nprint(time.perf_counter() - start)"
+            timed = f"import time; start = time.process_time()\n{code}\nprint(time.process_time() - start)"
             seconds[name].append(float(run_python(timed).split()[-1]))
     values = medians({name: times[1:] for name, times in seconds.items()})
     values["over import numba"] = values["first text by kernels"] - values["import numba"]
