@@ -109,8 +109,9 @@ SHORT_PIECES = [
 def test_the_short_way_gives_the_same_ids(text: str, pattern: PatternName) -> None:
     tokenizer = bare(pattern).with_special_tokens(["<|x|>", "x y"])
     ids = tokenizer._plain.encode_short(text)
-    for allowed in ("all", "none") if ids is not None else ():
-        assert ids.tolist() == tokenizer._plain.encode(text, tokenizer._special(allowed, "none")).tolist()
+    if ids is not None:
+        for allowed in ("all", "none"):
+            assert ids.tolist() == tokenizer._plain.encode(text, tokenizer._special(allowed, "none")).tolist()
 
 
 @pytest.mark.parametrize("text", ["Once upon a time, a ", " é\n中 x", "a", "", " ", "don't stop-me 12"])

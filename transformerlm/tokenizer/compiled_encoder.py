@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transformerlm.tokenizer.kernels import decoding, encoding
-from transformerlm.tokenizer.kernels.machine import PADDING
+from transformerlm.tokenizer.kernels import decoding, encoding, merging
+from transformerlm.tokenizer.kernels.machine import ALL_BITS, PADDING
+from transformerlm.tokenizer.kernels.merging import Merges
 from transformerlm.tokenizer.segments import (
     PATTERN_NUMBERS,
     Region,
@@ -43,34 +43,20 @@ PARTS_PER_THREAD = 4
 """So that a thread which was held up does not hold up all."""
 
 
-@dataclass(frozen=True)
-class MergeTables:
-    """The merges as the kernels read them. Tokens are numbered: the bytes by value, then what merges make, in order."""
-
-    byte_pairs: Array
-    """`int32 [65536]`: rank of the merge of two bytes."""
-    pairs: Array
-    """`uint64 [capacity]`: hash table of tokens left and right, and rank."""
-    made: Array
-    """`int32 [merges]`: the token that a merge makes."""
-    id_of_token: Array
-    """`int64 [tokens]`."""
-
-
-def merge_tables(vocabulary: Vocabulary) -> MergeTables:
+def merge_tables(vocabulary: Vocabulary) -> Merges:
     numbers = {token: number for number, token in enumerate(BYTES)}
     made = [numbers.setdefault(left + right, len(numbers)) for left, right in vocabulary.merges]
     lefts = np.array([numbers[left] for left, _ in vocabulary.merges], np.int64)
     rights = np.array([numbers[right] for _, right in vocabulary.merges], np.int64)
     capacity = 1 << max(10, (4 * len(lefts)).bit_length() - 1)
-    pairs = np.full(capacity, encoding.ALL_BITS, np.uint64)
-    encoding.fill_pairs(lefts, rights, pairs)
-    byte_pairs = np.full(1 << 16, encoding.NO_MERGE, np.int32)
+    pairs = np.full(capacity, ALL_BITS, np.uint64)
+    merging.fill_pairs(lefts, rights, pairs)
+    byte_pairs = np.full(1 << 16, merging.NO_MERGE, np.int32)
     ranks = np.arange(len(lefts), dtype=np.int32)
     of_bytes = (lefts < 256) & (rights < 256)
     byte_pairs[(lefts << 8 | rights)[of_bytes]] = ranks[of_bytes]
     ids = np.fromiter(map(vocabulary.tokens.__getitem__, numbers), np.int64, len(numbers))
-    return MergeTables(byte_pairs, pairs, np.array(made, np.int32), ids)
+    return Merges(byte_pairs, pairs, np.array(made, np.int32), ids)
 
 
 class WordCache:
@@ -80,6 +66,9 @@ class WordCache:
         self.slots = np.zeros((FIRST_SLOTS, 4), np.uint64)
         self.arena = np.empty(FIRST_ARENA, np.uint8)
         self.used = np.zeros(2, np.int64)
+
+    def table(self) -> encoding.Words:
+        return encoding.Words(self.slots, self.arena, self.used)
 
     def make_room(self, status: int) -> None:
         """Give the kernel what it came back for: more room, or in a cache of the largest size an empty one."""
@@ -99,7 +88,7 @@ class CompiledEncoder:
 
     def __init__(self, vocabulary: Vocabulary, dtype: np.dtype[Any]) -> None:
         self._dtype = dtype
-        self._tables = merge_tables(vocabulary)
+        self._merges = merge_tables(vocabulary)
         self._classes = class_table()
         self._pattern = PATTERN_NUMBERS[vocabulary.pattern]
         self._caches: list[WordCache] = []  # those that no call is using; `append` and `pop` are atomic
@@ -169,7 +158,6 @@ class CompiledEncoder:
     def _run(self, region: Region) -> tuple[Array, Array]:
         """Call the kernel until it is done."""
         segments = region.segments
-        tables = self._tables
         total = int((segments[:, 1] - segments[:, 0]).sum())
         margin = encoding.OUTPUT_MARGIN
         output = np.empty((total if total < 1 << 16 else total // 4) + margin, self._dtype)
@@ -181,9 +169,8 @@ class CompiledEncoder:
             words = WordCache()
         while True:
             status = encoding.encode(
-                region.address, segments, self._pattern, self._classes, tables.byte_pairs, tables.pairs, tables.made,
-                tables.id_of_token, words.slots, words.arena, words.used, output.ctypes.data, len(output),
-                output.itemsize, progress, ends,
+                region.address, segments, self._pattern, self._classes, self._merges, words.table(),
+                output.ctypes.data, len(output), output.itemsize, progress, ends,
             )  # fmt: skip
             if status == encoding.DONE:
                 break

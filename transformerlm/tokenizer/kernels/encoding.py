@@ -16,8 +16,7 @@ fit in the *arena*, a byte buffer: its bytes where they are no key, then its ids
 key says so (`LONG`, `SPILLED`), words 2 and 3 are the place in the arena and the ids' size. A `LONG` key is a hash, and
 the bytes are compared.
 
-**Merging** happens once for each new pre-token: find the pair of neighbours with the lowest rank, replace it by the
-token that it makes, and again. Ranks of pairs are looked up in a hash table, `pairs`, and for two bytes in an array.
+A pre-token that has no slot is merged (`merging.py`) and gets one.
 
 Kernels cannot make an array larger for their caller. They stop between two pre-tokens and return what they lack; the
 caller sees to it (`compiled_encoder.py`), and the kernel goes on where it stopped.
@@ -25,9 +24,15 @@ caller sees to it (`compiled_encoder.py`), and the kernel goes on where it stopp
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from transformerlm.tokenizer.kernels.machine import (
+    ALL_BITS,
+    HALF,
+    MIX_1,
+    MIX_2,
     ZERO,
     Array,
     as_mask,
@@ -36,14 +41,12 @@ from transformerlm.tokenizer.kernels.machine import (
     count_bits,
     inner_kernel,
     kernel,
-    load_byte,
     load_word,
     low_bits,
     prefetch,
-    store_16,
-    store_32,
     store_word,
 )
+from transformerlm.tokenizer.kernels.merging import MERGE_BY_SEARCH, Merges, merge
 from transformerlm.tokenizer.kernels.patterns import scan
 from transformerlm.tokenizer.kernels.scanning import MAX_STARTS
 
@@ -64,21 +67,8 @@ FREE = ZERO
 SLOTS_USED = 0
 ARENA_USED = 1
 
-# Odd numbers of no pattern. The product's high bits depend on all bits of a key.
-MIX_1 = np.uint64(0x9E3779B97F4A7C15)
-MIX_2 = np.uint64(0xD6E8FEB86659FD93)
-HALF = np.uint64(32)
 BYTE = np.uint64(8)
-ALL_BITS = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
-NO_MERGE = 1 << 30
-RANK_BITS = np.uint64(21)
-RANK_MASK = np.uint64((1 << 21) - 1)
-MAX_TOKENS = 1 << 21
-"""Two tokens and a rank fit into 63 bits."""
-
-MERGE_BY_SEARCH = 64
-"""Up to so many bytes the best pair is searched anew after each merge; beyond, a heap keeps the work at O(n log n)."""
 LONGEST_REMEMBERED = 512
 """Longer pre-tokens hardly ever repeat."""
 OUTPUT_MARGIN = 64
@@ -159,138 +149,18 @@ def rehash(old: Array, new: Array) -> None:
                 new[number, word] = old[entry, word]
 
 
-# -- merging -----------------------------------------------------------------------------------------------------------
-
-
-@kernel
-def fill_pairs(lefts: Array, rights: Array, pairs: Array) -> None:
-    """Enter each merge into the hash table `pairs`, whose words are left token, right token, rank from high to low."""
-    mask = pairs.shape[0] - 1
-    for rank in range(lefts.shape[0]):
-        key = as_mask(lefts[rank]) << RANK_BITS | as_mask(rights[rank])
-        number = as_number(key * MIX_1 >> HALF) & mask
-        while pairs[number] != ALL_BITS:
-            number = number + 1 & mask
-        pairs[number] = key << RANK_BITS | as_mask(rank)
-
-
-@inner_kernel
-def rank_of(pairs: Array, left: int, right: int) -> int:
-    """The rank of the merge of two tokens; `NO_MERGE` if there is none."""
-    mask = pairs.shape[0] - 1
-    key = as_mask(left) << RANK_BITS | as_mask(right)
-    number = as_number(key * MIX_1 >> HALF) & mask
-    while pairs[number] != ALL_BITS:
-        if pairs[number] >> RANK_BITS == key:
-            return as_number(pairs[number] & RANK_MASK)
-        number = number + 1 & mask
-    return NO_MERGE
-
-
-@inner_kernel
-def merge_by_search(
-    place: int,
-    length: int,
-    byte_pairs: Array,
-    pairs: Array,
-    made: Array,
-    tokens: Array,
-    ranks: Array,
-) -> int:
-    """Merge the bytes at `place` into `tokens` and return how many are left. `ranks[i]`: of the tokens i and i + 1."""
-    last = length - 1
-    best, best_rank = 0, NO_MERGE
-    tokens[0] = load_byte(place)
-    for index in range(last):
-        tokens[index + 1] = load_byte(place + index + 1)
-        rank = byte_pairs[tokens[index] << 8 | tokens[index + 1]]
-        ranks[index] = rank
-        if rank < best_rank:
-            best, best_rank = index, rank
-    while best_rank < NO_MERGE:
-        tokens[best] = made[best_rank]
-        last -= 1
-        for index in range(best + 1, last + 1):
-            tokens[index] = tokens[index + 1]
-            ranks[index - 1] = ranks[index]
-        if best > 0:
-            ranks[best - 1] = rank_of(pairs, tokens[best - 1], tokens[best])
-        if best < last:
-            ranks[best] = rank_of(pairs, tokens[best], tokens[best + 1])
-        best_rank = NO_MERGE
-        for index in range(last):
-            if ranks[index] < best_rank:
-                best, best_rank = index, ranks[index]
-    return last + 1
-
-
-@kernel
-def merge_by_heap(place: int, length: int, pairs: Array, made: Array, tokens: Array) -> int:
-    """The same for any length. Candidates wait in a heap as rank and position; neighbours are linked by position."""
-    after = np.empty(length, np.int64)
-    before = np.empty(length, np.int64)
-    heap = np.empty(3 * length, np.int64)  # a merge removes a token and proposes two pairs
-    size = 0
-    for index in range(length):
-        tokens[index] = load_byte(place + index)
-        after[index] = index + 1
-        before[index] = index - 1
-    for index in range(length - 1):
-        size = push(heap, size, rank_of(pairs, tokens[index], tokens[index + 1]), index)
-    while size:
-        rank, left = heap[0] >> 32, heap[0] & 0xFFFF_FFFF
-        size = pop(heap, size)
-        right = after[left]
-        # Outdated when an earlier merge has taken one of the two.
-        if tokens[left] < 0 or right == length or rank_of(pairs, tokens[left], tokens[right]) != rank:
-            continue
-        tokens[left], tokens[right] = made[rank], -1
-        following = after[left] = after[right]
-        if following < length:
-            before[following] = left
-            size = push(heap, size, rank_of(pairs, tokens[left], tokens[following]), left)
-        if before[left] >= 0:
-            size = push(heap, size, rank_of(pairs, tokens[before[left]], tokens[left]), before[left])
-    count = 0
-    index = 0
-    while index < length:
-        tokens[count] = tokens[index]
-        count += 1
-        index = after[index]
-    return count
-
-
-@inner_kernel
-def push(heap: Array, size: int, rank: int, position: int) -> int:
-    if rank == NO_MERGE:
-        return size
-    item = rank << 32 | position
-    hole = size
-    while hole > 0 and heap[(hole - 1) >> 1] > item:
-        heap[hole] = heap[(hole - 1) >> 1]
-        hole = (hole - 1) >> 1
-    heap[hole] = item
-    return size + 1
-
-
-@inner_kernel
-def pop(heap: Array, size: int) -> int:
-    size -= 1
-    item = heap[size]
-    hole = 0
-    while 2 * hole + 1 < size:
-        child = 2 * hole + 1
-        if child + 1 < size and heap[child + 1] < heap[child]:
-            child += 1
-        if heap[child] >= item:
-            break
-        heap[hole] = heap[child]
-        hole = child
-    heap[hole] = item
-    return size
-
-
 # -- encoding ----------------------------------------------------------------------------------------------------------
+
+
+class Words(NamedTuple):
+    """The pre-tokens seen, and their ids."""
+
+    slots: Array
+    """`uint64 [capacity, 4]`, a power of two."""
+    arena: Array
+    """`uint8`."""
+    used: Array
+    """`int64 [2]`: how many slots, and how many bytes of the arena."""
 
 
 @inner_kernel
@@ -324,13 +194,58 @@ def emit_known(keys: Array, index: int, count: int, target: int, size_shift: np.
 
 
 @inner_kernel
-def write_ids(tokens: Array, count: int, id_of_token: Array, target: int, id_bytes: int) -> None:
-    if id_bytes == 2:
-        for index in range(count):
-            store_16(target + 2 * index, id_of_token[tokens[index]])
-    else:
-        for index in range(count):
-            store_32(target + 4 * index, id_of_token[tokens[index]])
+def emit_from(slot: int, arena: int, length: int, target: int, size_shift: np.uint64) -> int:
+    """Write the ids that the slot at the address `slot` has for a pre-token of `length` bytes; the new target."""
+    if load_word(slot + 8) & SPILLED == ZERO:
+        copy_16_bytes(target, slot + 16)
+        return target + as_number(load_word(slot + 24) >> size_shift)
+    text_size = length + 7 & ~7 if length > SHORT else 0
+    size = as_number(load_word(slot + 24))
+    copy_text(target, arena + as_number(load_word(slot + 16)) + text_size, size)
+    return target + size
+
+
+@inner_kernel
+def lacking(words: Words) -> int:
+    """What there must be more of before another pre-token can be remembered; `DONE` if there is enough."""
+    if 2 * words.used[SLOTS_USED] >= words.slots.shape[0]:
+        return NEEDS_SLOTS
+    if words.used[ARENA_USED] + 5 * LONGEST_REMEMBERED + 16 > words.arena.shape[0]:
+        return NEEDS_ARENA
+    return DONE
+
+
+@inner_kernel
+def remember(
+    words: Words,
+    number: int,
+    low: np.uint64,
+    high: np.uint64,
+    place: int,
+    length: int,
+    ids: int,
+    size: int,
+    id_bytes: int,
+) -> None:
+    """Fill the free slot `number` with the pre-token at `place`, whose ids are the `size` bytes at `ids`."""
+    slots, used = words.slots, words.used
+    if length <= SHORT and size <= 16 - id_bytes:
+        used[SLOTS_USED] += 1
+        slots[number, 0], slots[number, 1] = low, high
+        slots[number, 2] = load_word(ids)
+        tail = load_word(ids + 8) & ALL_BITS >> as_mask(8 * id_bytes)
+        slots[number, 3] = tail | as_mask(size) << as_mask(64 - 8 * id_bytes)
+    elif length <= LONGEST_REMEMBERED:
+        used[SLOTS_USED] += 1
+        arena = words.arena.ctypes.data
+        record = used[ARENA_USED]
+        slots[number, 0], slots[number, 1] = low, high | SPILLED
+        slots[number, 2], slots[number, 3] = as_mask(record), as_mask(size)
+        if length > SHORT:
+            copy_text(arena + record, place, length)
+            record += length + 7 & ~7
+        copy_text(arena + record, ids, size)
+        used[ARENA_USED] = record + (size + 7 & ~7)
 
 
 @inner_kernel
@@ -346,13 +261,8 @@ def encode(
     segments: Array,
     pattern: int,
     classes: Array,
-    byte_pairs: Array,
-    pairs: Array,
-    made: Array,
-    id_of_token: Array,
-    slots: Array,
-    arena_array: Array,
-    used: Array,
+    merges: Merges,
+    words: Words,
     output: int,
     capacity: int,
     id_bytes: int,
@@ -369,9 +279,8 @@ def encode(
     keys = np.empty((MAX_STARTS, 3), np.uint64)
     tokens = np.empty(MERGE_BY_SEARCH, np.int64)
     ranks = np.empty(MERGE_BY_SEARCH, np.int64)
-    lanes = 16 // id_bytes - 1
     size_shift = as_mask(64 - 8 * id_bytes)
-    arena = arena_array.ctypes.data
+    slots, arena = words.slots, words.arena.ctypes.data
     target = output + id_bytes * progress[2]
     limit = output + id_bytes * capacity - OUTPUT_MARGIN
     status = DONE
@@ -387,52 +296,20 @@ def encode(
             prepare_batch(text, starts, count, slots, keys)
             index, target = emit_known(keys, 0, count - 1, target, size_shift)
             while index < count - 1:
-                begin = starts[index]
-                length = starts[index + 1] - begin
+                begin = text + starts[index]
+                length = text + starts[index + 1] - begin
                 low, high = keys[index, 0], keys[index, 1]
                 if length > SHORT:
-                    low, high = long_key(text + begin, length)
-                slot = find_slot(slots, arena, low, high, text + begin, length)
+                    low, high = long_key(begin, length)
+                slot = find_slot(slots, arena, low, high, begin, length)
                 if slots[slot, 1] != FREE:
-                    if slots[slot, 1] == high and length <= SHORT:
-                        copy_16_bytes(target, slots.ctypes.data + SLOT_BYTES * slot + 16)
-                        target += as_number(slots[slot, 3] >> size_shift)
-                    else:
-                        skip = length + 7 & ~7 if length > SHORT else 0
-                        size = as_number(slots[slot, 3])
-                        copy_text(target, arena + as_number(slots[slot, 2]) + skip, size)
-                        target += size
+                    target = emit_from(slots.ctypes.data + SLOT_BYTES * slot, arena, length, target, size_shift)
                 else:
-                    if 2 * used[SLOTS_USED] >= slots.shape[0]:
-                        status = NEEDS_SLOTS
-                    elif used[ARENA_USED] + 5 * LONGEST_REMEMBERED + 16 > arena_array.shape[0]:
-                        status = NEEDS_ARENA
+                    status = lacking(words)
                     if status != DONE:
                         break
-                    if length <= MERGE_BY_SEARCH:
-                        found = tokens
-                        left = merge_by_search(text + begin, length, byte_pairs, pairs, made, tokens, ranks)
-                    else:
-                        found = np.empty(length, np.int64)
-                        left = merge_by_heap(text + begin, length, pairs, made, found)
-                    write_ids(found, left, id_of_token, target, id_bytes)
-                    size = left * id_bytes
-                    if length <= SHORT and left <= lanes:
-                        used[SLOTS_USED] += 1
-                        slots[slot, 0], slots[slot, 1] = low, high
-                        store_word(slots.ctypes.data + SLOT_BYTES * slot + 16, load_word(target))
-                        tail = load_word(target + 8) & ALL_BITS >> as_mask(8 * id_bytes)
-                        slots[slot, 3] = tail | as_mask(size) << size_shift
-                    elif length <= LONGEST_REMEMBERED:
-                        used[SLOTS_USED] += 1
-                        record = used[ARENA_USED]
-                        slots[slot, 0], slots[slot, 1] = low, high | SPILLED
-                        slots[slot, 2], slots[slot, 3] = as_mask(record), as_mask(size)
-                        if length > SHORT:
-                            copy_text(arena + record, text + begin, length)
-                            record += length + 7 & ~7
-                        copy_text(arena + record, target, size)
-                        used[ARENA_USED] = record + (size + 7 & ~7)
+                    size = id_bytes * merge(begin, length, merges, tokens, ranks, target, id_bytes)
+                    remember(words, slot, low, high, begin, length, target, size, id_bytes)
                     target += size
                 index, target = emit_known(keys, index + 1, count - 1, target, size_shift)
             place = starts[index]

@@ -29,11 +29,17 @@ PADDING = 128
 
 ZERO = np.uint64(0)
 ONE = np.uint64(1)
+ALL_BITS = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+HALF = np.uint64(32)
+
+# Odd numbers of no pattern. The high bits of a product with one depend on all bits of the other factor.
+MIX_1 = np.uint64(0x9E3779B97F4A7C15)
+MIX_2 = np.uint64(0xD6E8FEB86659FD93)
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile on first use, keep the result on disk, and let go of the interpreter's lock while running."""
-    return _compiled(function)
+    return _compiled(function, counts_references=True)
 
 
 def inner_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,15 +48,16 @@ def inner_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     Numba counts references to the arrays that are arguments of a call, with atomic additions that cost more than most
     of these functions do. `_nrt=False` leaves that out; `np.empty` is then refused.
     """
-    return _compiled(function, _nrt=False)
+    return _compiled(function, counts_references=False)
 
 
-def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], counts_references: bool) -> Callable[..., Any]:
     # Numba asks where to keep it when a function is decorated; those of other packages keep their place.
     others = config.CACHE_DIR
     config.CACHE_DIR = str(cache_directory())
     try:
-        return njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", **options)(function)
+        options = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
+        return njit(**options, _nrt=counts_references)(function)
     finally:
         config.CACHE_DIR = others
 
