@@ -26,6 +26,7 @@ from trainkit.checkpoints import CheckpointStore, Snapshot, load_model_tensors, 
 from trainkit.disk_space import check_checkpoint_places, estimate_checkpoint_bytes
 from trainkit.distribution import StopVote, World, any_rank, gather_over_ranks, main_first
 from trainkit.errors import EXIT_USAGE, UserError
+from trainkit.fully_sharded import cut_like
 from trainkit.meter import Meter, Totals, means
 from trainkit.optimizers import (
     build_optimizer,
@@ -37,8 +38,7 @@ from trainkit.optimizers import (
 from trainkit.precision import LossScale, autocast_context
 from trainkit.preflight import describe, estimate_run
 from trainkit.ramps import ramped, units_before
-from trainkit.reduction import check_tree
-from trainkit.replicas import Replica, replicate
+from trainkit.replicas import Replica, check_distribution, replicate
 from trainkit.schedules import learning_rate_factor
 from trainkit.skips import Skips
 from trainkit.specs import DistributedSpec, OptimizerSpec, ScheduleSpec, TrainingSpec
@@ -218,7 +218,8 @@ def samples_per_step(training: TrainingSpec, facts: RunFacts) -> int:
 
 def _start(run: Run, resume: Snapshot | None) -> _State:
     """Build what changes; with a snapshot, put back all of it."""
-    check_tree(run.training, run.distributed, samples_per_step(run.training, run.facts), run.world.size)
+    samples = samples_per_step(run.training, run.facts)
+    check_distribution(run.distributed, run.training, run.optimizer, samples, run.world.size)
     model = run.model.to(run.world.device).train()
     if resume is not None:
         load_model_tensors(model, resume.model, "the checkpoint")
@@ -243,8 +244,8 @@ def _start(run: Run, resume: Snapshot | None) -> _State:
                 "checkpoint.save_optimizer = false: it cannot go on; start a new run"
             )
         load_optimizer_tensors(state.optimizer, model, resume.optimizer)
-        for name in state.average.keys() & resume.average.keys():
-            state.average[name].copy_(resume.average[name])
+        for name in [name for name in state.average if name in resume.average]:  # in one order on all ranks
+            state.average[name].copy_(cut_like(resume.average[name], state.average[name]))
         state.step, state.best = trainer["step"], trainer["best"] or None
         state.scaler.load_state_dict(trainer["scaler"])
         state.meter.load_totals(trainer["open_metrics"])
@@ -355,7 +356,7 @@ def _sample(run: Run, state: _State) -> None:
 def _evaluation_mode(state: _State) -> Generator[None]:
     """The averaged weights, where kept, and no dropout."""
     model = state.replica.module.eval()
-    with averaged_weights(model, state.average) if state.average else nullcontext():
+    with averaged_weights(model, state.average) if state.average else nullcontext(), state.replica.by_itself():
         yield
     model.train()
 
@@ -395,6 +396,7 @@ def _save(run: Run, store: CheckpointStore, state: _State, open_metrics: Totals,
     # A run that was asked to stop will resume, whatever it keeps otherwise.
     keeps_optimizer = store.spec.save_optimizer or is_stopping
     optimizer = state.replica.collect(optimizer_tensors(state.optimizer, model)) if keeps_optimizer else {}
+    weights, average = (state.replica.collect_weights(part) for part in (model_tensors(model), state.average))
     bad: list[str] = []
     if state.writer is not None:
         trainer = {
@@ -409,7 +411,7 @@ def _save(run: Run, store: CheckpointStore, state: _State, open_metrics: Totals,
             "log_offset": run.log.offset,
         }
         with nvtx.range("save"):
-            snapshot = Snapshot(trainer, model_tensors(model), optimizer, state.average)
+            snapshot = Snapshot(trainer, weights, optimizer, average)
             bad = non_finite_tensors(snapshot)
             if bad:
                 run.log.message(

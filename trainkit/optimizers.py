@@ -7,6 +7,7 @@ from collections.abc import Container
 import torch
 from torch import Tensor, nn
 
+from trainkit.fully_sharded import cut_like, local, whole
 from trainkit.muon import Muon
 from trainkit.precision import LossScale
 from trainkit.specs import AdamWSpec, MuonSpec, OptimizerSpec
@@ -72,11 +73,11 @@ def clip_and_update(
     the device: what depends on its answer happens there.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = scale.unscale(nn.utils.get_total_norm(gradients))
+    norm = scale.unscale(whole(nn.utils.get_total_norm(gradients)))
     skip = norm.isfinite().logical_not()
     if clip or scale.is_enabled:
         factor = (clip / norm).clamp(max=1.0) if clip else torch.ones_like(norm)
-        torch._foreach_mul_(gradients, scale.unscale(factor))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_([local(g) for g in gradients], scale.unscale(factor))  # pyright: ignore[reportPrivateImportUsage]
     _update_unless(skip, optimizer)
     return norm, skip
 
@@ -110,4 +111,5 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
             continue
         # Step counters live on the CPU, whatever the device, unless the kernel is fused on CUDA.
         on_device = value.ndim > 0 or optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-        optimizer.state[parameter][state_name] = value.to(parameter.device if on_device else "cpu", copy=True)
+        held = cut_like(value, parameter if value.ndim else parameter.detach().new_empty(())) if on_device else value
+        optimizer.state[parameter][state_name] = held.clone()

@@ -9,7 +9,7 @@ but the step, and any source will do.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -43,7 +43,11 @@ def ramped(
     while True:
         taken = [next(steps) for _ in range(value_at(training.batch_size_factors, step))]
         parts = value_at(training.context_length_divisors, step)
-        yield [cut_windows(batch, parts) for batches, _ in taken for batch in batches], taken[-1][1]
+        # First micro-batches first: so neighbours stay neighbours on any number of ranks (`trainkit.tree`).
+        batches = [
+            batch for same in zip_longest(*(batches for batches, _ in taken)) for batch in same if batch is not None
+        ]
+        yield [cut_windows(batch, parts) for batch in batches], taken[-1][1]
         step += 1
 
 

@@ -17,8 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainkit.distribution import World
-from trainkit.errors import EXIT_USAGE, UserError
-from trainkit.specs import DistributedSpec, TrainingSpec
 from trainkit.tree import finished_pairs, is_power_of_two, odd_part
 
 
@@ -36,10 +34,13 @@ class Reducer(Protocol):
 class WrapperReducer:
     """A wrapper that adds over ranks in every backward pass outside of `no_sync`."""
 
+    module: nn.Module
     no_sync: Callable[[], AbstractContextManager[None]]
 
     @contextmanager
     def leaf(self, index: int, count: int) -> Generator[None]:
+        if index == 0:
+            self.module.zero_grad(set_to_none=True)
         if index == count - 1:
             yield
         else:
@@ -149,32 +150,3 @@ def _exchange(given: Tensor, received: Tensor, partner: int) -> None:
     both = [dist.P2POp(dist.isend, given, partner), dist.P2POp(dist.irecv, received, partner)]
     for work in dist.batch_isend_irecv(both):
         work.wait()
-
-
-def check_tree(training: TrainingSpec, distributed: DistributedSpec, samples: int, ranks: int) -> None:
-    """Refuse, with `reduction = "tree"`, what could not keep its promise. `samples`: of one step, over all ranks."""
-    if distributed.reduction != "tree":
-        return
-    leaf = training.device_batch_size
-    leaves = samples // leaf
-    problem = ""
-    if distributed.strategy == "fsdp":
-        problem = 'does not go with distributed.strategy = "fsdp", which adds gradients itself: use replicate or zero1'
-    elif samples % leaf:
-        problem = (
-            f"needs micro-batches of equal size, but a step has {samples} samples and training.device_batch_size = "
-            f"{leaf}: choose a divisor of {samples}"
-        )
-    elif not is_power_of_two(ranks):
-        problem = f"needs 1, 2, 4, 8, … ranks, not {ranks}: change the number of processes"
-    elif leaves % ranks:
-        problem = (
-            f"needs equally many micro-batches on every rank, but a step has {leaves} (of training.device_batch_size = "
-            f"{leaf} samples) for {ranks} ranks: choose a smaller training.device_batch_size or fewer processes"
-        )
-    elif not training.threads:
-        problem = (
-            "needs a fixed number of CPU threads, because it decides about bits: set training.threads, to 1 if unsure"
-        )
-    if problem:
-        raise UserError(f'distributed.reduction = "tree" {problem}', EXIT_USAGE)

@@ -56,6 +56,7 @@ def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes_to_start(DistributedSpec(processes=3), "cpu") == 1
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_command_saves_on_all_ranks_and_it_goes_on_to_the_end(tmp_path: Path) -> None:
     with start(tmp_path, FOR_EVER) as command:
         ranks = training_ranks(tmp_path)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.trainkit.ranks import alone, run_on_ranks
 from tests.trainkit.toys import TOYS, cut, make_rows, pad
 from trainkit.distribution import World
-from trainkit.replicas import replicate
+from trainkit.reduction import WrapperReducer
+from trainkit.replicas import Replica, _data_parallel, replicate
 from trainkit.step import accumulate_gradients
 
 ROWS = 11
@@ -23,19 +26,33 @@ TWO_RANKS = {"even": [[4, 2], [3, 2]], "uneven": [[1, 5, 2], [3]], "lopsided": [
 Gradients = dict[str, Tensor]
 
 
-def gradients(world: World, toy: str, cuts: list[list[int]]) -> tuple[Gradients, dict[str, tuple[float, float]]]:
+def gradients(
+    world: World, toy: str, cuts: list[list[int]], hold: Callable[[nn.Module, World], Replica] = replicate
+) -> tuple[Gradients, dict[str, tuple[float, float]]]:
     build, task = TOYS[toy]
     model = build().double()
     bounds = [sum(sum(sizes) for sizes in cuts[:rank]) for rank in range(world.size + 1)]
     mine = make_rows(torch.arange(bounds[world.rank], bounds[world.rank + 1]), torch.float64)
     micro_batches = [pad(part, len(part["valid"]) + 2) for part in cut(mine, cuts[world.rank])]
-    sums = accumulate_gradients(replicate(model, world), task, micro_batches, world)
+    replica = hold(model, world)
+    accumulate_gradients(replica, task, micro_batches[:1], world)  # of an earlier step: nothing of it stays
+    sums = accumulate_gradients(replica, task, micro_batches, world)
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return grads, {name: tuple(pair) for name, pair in zip(sums.names, sums.values.tolist(), strict=True)}
 
 
-def all_gradients(world: World) -> dict[tuple[str, str], dict[str, Tensor]]:
-    return {(toy, name): gradients(world, toy, cuts)[0] for toy in TOYS for name, cuts in TWO_RANKS.items()}
+def plain(model: nn.Module, world: World) -> Replica:
+    """What a single GPU uses."""
+    return Replica(model, model, WrapperReducer(model, nullcontext))
+
+
+def all_gradients(world: World) -> dict[tuple[str, ...], dict[str, Tensor]]:
+    return {
+        (toy, name, hold.__name__): gradients(world, toy, cuts, hold)[0]
+        for toy in TOYS
+        for name, cuts in TWO_RANKS.items()
+        for hold in (replicate, _data_parallel)
+    }
 
 
 def reference(toy: str) -> dict[str, Tensor]:
@@ -58,14 +75,15 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("toy", TOYS)
 @pytest.mark.parametrize("name", ONE_RANK)
 def test_accumulation_gives_the_gradient_of_the_whole_batch(toy: str, name: str) -> None:
-    grads, metrics = gradients(alone(), toy, ONE_RANK[name])
-    assert_same(grads, reference(toy))
-    assert all(count > 0 for _, count in metrics.values())
+    for hold in (replicate, plain):
+        grads, metrics = gradients(alone(), toy, ONE_RANK[name], hold)
+        assert_same(grads, reference(toy))
+        assert all(count > 0 for _, count in metrics.values())
 
 
 def test_two_ranks_give_the_gradient_of_one_process(tmp_path: Path) -> None:
     for by_case in run_on_ranks(2, all_gradients, tmp_path):
-        for (toy, _), grads in by_case.items():
+        for (toy, *_), grads in by_case.items():
             assert_same(grads, reference(toy))
 
 
