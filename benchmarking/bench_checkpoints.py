@@ -49,7 +49,9 @@ class Training:
 
 
 def single_save(training: Training, writer: CheckpointWriter, step: int) -> tuple[float, float]:
-    """Seconds until the loop may go on, and until the checkpoint is on the disk."""
+    """Seconds until the loop may go on, and until the checkpoint is on the disk; after some steps, as in a run."""
+    for _ in range(20):
+        training.step()
     start = time.perf_counter()
     writer.save(training.snapshot(step))
     blocked = time.perf_counter() - start

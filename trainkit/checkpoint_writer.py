@@ -92,20 +92,21 @@ class CheckpointWriter:
 
     def _run(self) -> None:
         try:
-            snapshot = self._handed_over.get()
-            while snapshot is not None:
-                self._is_free.clear()
-                snapshot = self._write(snapshot)
+            # No variable here: between two saves no copy of the state stays in memory.
+            while self._write(self._handed_over.get()):
+                pass
         except BaseException as error:  # no full disk but a mistake in the program: the loop raises it
             self._bug = error
         finally:
             self._is_free.set()
 
-    def _write(self, snapshot: Snapshot) -> Snapshot | None:
-        """Try until it is written or a newer one has come; returns the next one to write."""
-        step, pause = snapshot.trainer["step"], FIRST_PAUSE
-        problem = self._attempt(snapshot)
+    def _write(self, snapshot: Snapshot | None) -> bool:
+        """Try until it is written, or a newer one that has come meanwhile; False when nothing more will come."""
+        if snapshot is None:
+            return False
+        pause, problem = FIRST_PAUSE, self._attempt(snapshot)
         while problem:
+            step = snapshot.trainer["step"]
             self._messages.put(
                 f"{problem}; training goes on, the checkpoint of step {step} is tried again in {pause:.0f} s"
             )
@@ -113,15 +114,18 @@ class CheckpointWriter:
             try:
                 newer = self._handed_over.get(timeout=pause)
             except queue.Empty:
-                self._is_free.clear()
                 pause = min(2 * pause, LONGEST_PAUSE)
-                problem = self._attempt(snapshot)
-                if not problem:
-                    self._messages.put(f"the checkpoint of step {step} is saved now")
             else:
-                return newer if newer is not None else self._write_last(snapshot)
+                if newer is None:
+                    self._write_last(snapshot)
+                    return False
+                snapshot, pause = newer, FIRST_PAUSE
+            self._is_free.clear()
+            problem = self._attempt(snapshot)
+            if not problem:
+                self._messages.put(f"the checkpoint of step {snapshot.trainer['step']} is saved now")
         self._is_free.set()
-        return self._handed_over.get()
+        return True
 
     def _write_last(self, snapshot: Snapshot) -> None:
         """The run is ending, and no newer state will come."""
