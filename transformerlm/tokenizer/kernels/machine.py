@@ -56,8 +56,8 @@ def _compiled(function: Callable[..., Any], counts_references: bool) -> Callable
     others = config.CACHE_DIR
     config.CACHE_DIR = str(cache_directory())
     try:
-        options = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
-        return njit(**options, _nrt=counts_references)(function)
+        options: dict[str, Any] = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
+        return njit(**options | {"_nrt": counts_references})(function)
     finally:
         config.CACHE_DIR = others
 
