@@ -31,6 +31,7 @@ from trainkit.meter import Meter, Totals, means
 from trainkit.optimizers import (
     build_optimizer,
     clip_and_update,
+    learning_rates,
     load_optimizer_tensors,
     optimizer_tensors,
     set_learning_rate,
@@ -38,7 +39,7 @@ from trainkit.optimizers import (
 from trainkit.precision import LossScale, autocast_context
 from trainkit.preflight import describe, estimate_run
 from trainkit.ramps import ramped, units_before
-from trainkit.replicas import Replica, check_distribution, replicate
+from trainkit.replicas import Replica, bits_of_tree, check_bits_of_tree, check_distribution, replicate
 from trainkit.schedules import learning_rate_factor
 from trainkit.skips import Skips
 from trainkit.specs import DistributedSpec, OptimizerSpec, ScheduleSpec, TrainingSpec
@@ -243,6 +244,7 @@ def _start(run: Run, resume: Snapshot | None) -> _State:
                 f"the checkpoint of step {trainer['step']} holds no optimizer state, because the run has "
                 "checkpoint.save_optimizer = false: it cannot go on; start a new run"
             )
+        check_bits_of_tree(trainer.get("tree", {}), bits_of_tree(run.distributed, run.training))
         load_optimizer_tensors(state.optimizer, model, resume.optimizer)
         for name in [name for name in state.average if name in resume.average]:  # in one order on all ranks
             state.average[name].copy_(cut_like(resume.average[name], state.average[name]))
@@ -325,7 +327,7 @@ def _gives_up(run: Run, state: _State) -> bool:
 
 def _training_record(run: Run, state: _State, metrics: Mapping[str, float], clock: _Clock) -> dict[str, Any]:
     record: dict[str, Any] = {"kind": "train", "step": state.step, **metrics}
-    record["learning_rate"] = state.optimizer.param_groups[0]["lr"]
+    record |= learning_rates(state.optimizer)
     record[f"{run.facts.unit_name}_seen"] = units_before(run.training, state.step)
     return record | clock.read(state.step)
 
@@ -407,6 +409,7 @@ def _save(run: Run, store: CheckpointStore, state: _State, open_metrics: Totals,
             "max_steps": run.training.max_steps,
             "scaler": state.scaler.state_dict(),
             "skips": state.skips.state(),
+            "tree": bits_of_tree(run.distributed, run.training),
             "open_metrics": open_metrics,
             "log_offset": run.log.offset,
         }

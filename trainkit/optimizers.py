@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +20,23 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module, own: Container[str] |
     Decaying gains, biases and embedding rows pulls them towards zero for no benefit in generalisation. Each group
     carries its `name`. With `own`, only the parameters of these names.
     """
-    parts = split_parameters(model)
-    decayed, kept = ([p for name, p in part if own is None or name in own] for part in parts)
+    decayed, kept = ([p for _, p in part] for part in split_parameters(model))
+    excluded = {p for name, p in model.named_parameters() if own is not None and name not in own}
     # One kernel per group instead of several per parameter; it exists on these devices.
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     betas = (spec.beta1, spec.beta2)
     match spec:
         case AdamWSpec():
-            groups = [
-                {"params": decayed, "weight_decay": spec.weight_decay, "name": "matrices"},
-                {"params": kept, "weight_decay": 0.0, "name": "vectors"},
-            ]
+            groups: list[dict[str, Any]] = [{"params": kept, "weight_decay": 0.0, "name": "vectors"}]
+            groups += [group | {"weight_decay": spec.weight_decay} for group in _by_width(decayed, spec.base_width)]
+            for group in groups:
+                # Groups stay where all of their parameters are another rank's: every rank logs the same ones.
+                group["params"] = [p for p in group["params"] if p not in excluded]
             return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=betas, eps=spec.eps, fused=fused)
         case MuonSpec():
             return Muon(
-                decayed,
-                kept,
+                [p for p in decayed if p not in excluded],
+                [p for p in kept if p not in excluded],
                 lr=spec.learning_rate,
                 weight_decay=spec.weight_decay,
                 momentum=spec.momentum,
@@ -59,9 +61,30 @@ def split_parameters(model: nn.Module) -> tuple[list[tuple[str, nn.Parameter]], 
     return decayed, kept
 
 
+def _by_width(matrices: list[nn.Parameter], base_width: int) -> list[dict[str, Any]]:
+    """Groups of matrices [out, in] of the same input width; wider ones learn more slowly (muP, arXiv:2203.03466)."""
+    if not base_width:
+        return [{"params": matrices, "name": "matrices"}]
+    groups: dict[int, dict[str, Any]] = {
+        width: {"params": [], "name": f"matrices-{width}", "learning_rate_factor": base_width / width}
+        for width in sorted({p.shape[1] for p in matrices})
+    }
+    for matrix in matrices:
+        groups[matrix.shape[1]]["params"].append(matrix)
+    return list(groups.values())
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("learning_rate_factor", 1.0)
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """For a record: `learning_rate`, that of the groups without a factor, and of each group with one."""
+    return {
+        f"learning_rate/{group['name']}" if "learning_rate_factor" in group else "learning_rate": group["lr"]
+        for group in optimizer.param_groups
+    }
 
 
 def clip_and_update(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -124,6 +124,24 @@ def check_distribution(
         problem = _problem_of_fsdp(optimizer, samples, ranks)
     if problem:
         raise UserError(problem, EXIT_USAGE)
+
+
+def bits_of_tree(distributed: DistributedSpec, training: TrainingSpec) -> dict[str, int]:
+    """The settings that the bits of a run in tree mode depend on, and that may otherwise change when it resumes."""
+    if distributed.reduction != "tree":
+        return {}
+    return {"device_batch_size": training.device_batch_size, "threads": training.threads}
+
+
+def check_bits_of_tree(before: Mapping[str, int], now: Mapping[str, int]) -> None:
+    """Refuse to go on with other bits than the run began with, where both promise the same ones."""
+    for name in before.keys() & now.keys():
+        if before[name] != now[name]:
+            raise UserError(
+                f'the checkpoint was trained with distributed.reduction = "tree" and training.{name} = {before[name]}, '
+                f'which decides about bits; restore it (it is {now[name]} now), or go on with reduction = "sum"',
+                EXIT_USAGE,
+            )
 
 
 def _problem_of_tree(distributed: DistributedSpec, training: TrainingSpec, samples: int, ranks: int) -> str:

@@ -98,6 +98,9 @@ class AdamWSpec:
     """Decay of the second moment."""
     eps: Annotated[float, Gt(0)] = 1e-8
     """Added to the root of the second moment."""
+    base_width: Annotated[int, Ge(0)] = 0
+    """Learning rate of a matrix with w inputs is `learning_rate` · `base_width` / w, so that the best one for a narrow
+    model serves a wide one (muP, arXiv:2203.03466); 0 = the same for all."""
 
 
 @dataclass(frozen=True, kw_only=True)

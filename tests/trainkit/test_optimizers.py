@@ -8,11 +8,13 @@ from trainkit.averaging import averaged_weights, start_average, update_average
 from trainkit.muon import orthogonalize
 from trainkit.optimizers import (
     build_optimizer,
+    learning_rates,
     load_optimizer_tensors,
     optimizer_tensors,
     set_learning_rate,
     split_parameters,
 )
+from trainkit.precision import LossScale
 from trainkit.specs import AdamWSpec, MuonSpec, OptimizerSpec
 
 
@@ -129,3 +131,36 @@ def test_average_is_the_recursion_and_swaps_back_to_the_bit() -> None:
             torch.testing.assert_close(parameter.detach(), by_hand[name])
             assert not torch.equal(parameter, before[name])
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_wider_matrices_learn_more_slowly() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 16), nn.Linear(16, 4))
+    optimizer = build_optimizer(AdamWSpec(base_width=8), model)
+    set_learning_rate(optimizer, 0.4)
+    wanted = {"learning_rate": 0.4} | {f"learning_rate/matrices-{w}": 0.4 * 8 / w for w in (4, 8, 16)}
+    assert learning_rates(optimizer) == pytest.approx(wanted)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 6
+    plain = build_optimizer(AdamWSpec(), model)
+    set_learning_rate(plain, 0.4)
+    assert learning_rates(plain) == {"learning_rate": 0.4}
+    assert len([p for group in plain.param_groups for p in group["params"]]) == 6
+
+
+def test_the_loss_scale_is_blamed_until_it_can_shrink_no_more() -> None:
+    """What the scale may have caused is not held against the data; but not for ever."""
+    scale = LossScale("fp16", torch.device("cpu"))
+    bad, good = torch.tensor(True), torch.tensor(False)
+    blamed = 0
+    while bool(scale.blames(bad)):
+        scale.update(bad)
+        blamed += 1
+    assert blamed == 16 and float(scale.scale(torch.tensor(3.0))) == 3.0
+    assert not scale.blames(good)
+    for _ in range(2000):
+        scale.update(good)
+    assert float(scale.scale(torch.tensor(3.0))) == 6.0 and float(scale.unscale(torch.tensor(6.0))) == 3.0
+    resumed = LossScale("fp16", torch.device("cpu"))
+    resumed.load_state_dict(scale.state_dict())
+    assert resumed.state_dict() == scale.state_dict()
+    for precision in ("bf16", "fp32"):
+        assert not LossScale(precision, torch.device("cpu")).blames(bad)

@@ -92,6 +92,13 @@ def test_tree_refuses_what_it_cannot_promise(
     check_distribution(DistributedSpec(reduction="tree"), right, AdamWSpec(), 24, 2)
 
 
+def test_a_run_in_tree_mode_keeps_what_decides_about_its_bits(tmp_path: Path) -> None:
+    run_case(alone(), tmp_path, "adamw", training={"max_steps": 2})
+    for name, value in (("device_batch_size", 4), ("threads", 2)):
+        with pytest.raises(UserError, match=f"training.{name}"):
+            run_case(alone(), tmp_path, "adamw", training={name: value}, resume=True)
+
+
 def test_fsdp_refuses_what_it_cannot_do() -> None:
     spec = DistributedSpec(strategy="fsdp")
     check_distribution(spec, TrainingSpec(), AdamWSpec(), 24, 2)
