@@ -57,7 +57,8 @@ def _compiled(function: Callable[..., Any], counts_references: bool) -> Callable
     config.CACHE_DIR = str(cache_directory())
     try:
         options: dict[str, Any] = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
-        return njit(**options | {"_nrt": counts_references})(function)
+        options["_nrt"] = counts_references
+        return njit(**options)(function)
     finally:
         config.CACHE_DIR = others
 
