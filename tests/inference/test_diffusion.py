@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainkit.random import Purpose, uniform
 from transformerlm.inference.denoising import Denoiser
 from transformerlm.inference.diffusion import Step, denoise
+from transformerlm.inference.readers import Block, cut_blocks
 from transformerlm.inference.sampling import invert_cumulative
 from transformerlm.inference.specs import DenoisingSpec, SamplingSpec
 from transformerlm.models.build import create_model
@@ -283,3 +285,124 @@ def test_orders_differ_in_more_than_name() -> None:
     assert paths["random"] == paths["first_hitting"]  # one at a time they are the same thing
     different = [paths[order] for order in ("confidence", "random", "left_to_right")]
     assert all(a != b for a, b in itertools.combinations(different, 2))
+
+
+def by_hand(one: Denoiser, text: list[int], kept: int, numbers: list[float]) -> list[int]:
+    """From left to right, the model asked about one place after the other; `kept` of a full context stay."""
+    size, context = one.block_size, one.model.spec.context_length
+    first = 0
+    for start in range(0, len(text), size):
+        end = min(start + size, len(text))
+        if end - first > context:
+            first = start - kept
+        for place in range(start, end):
+            if text[place] == MASK:
+                asked = torch.arange(first, end).unsqueeze(0) == place
+                probs = one.logits(torch.tensor([text[first:end]]), asked).softmax(dim=-1)
+                text[place] = int(invert_cumulative(probs, torch.tensor([[numbers[place]]], dtype=torch.float64)))
+    return text
+
+
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_a_block_model_writes_on_when_its_context_is_full(size: int) -> None:
+    """The kept half is 6 places in blocks of 3, 4 in blocks of 4, and 5 in blocks of 5, which do not divide 12."""
+    one = denoiser(block_size=size)
+    prompts = [[EOT, 1, 2], [EOT, *[0, 1, 2] * 5], [EOT]]
+    canvas = torch.tensor([prompt + [MASK] * (31 - len(prompt)) for prompt in prompts])
+    final = fill(one, canvas, order="left_to_right", seed=8)[-1].canvas
+    numbers = uniform(8, Purpose.SAMPLING, torch.arange(3), 31).tolist()
+    kept = {3: 6, 4: 4, 5: 5}[size]
+    assert final.tolist() == [by_hand(one, *row) for row in zip(canvas.tolist(), [kept] * 3, numbers, strict=True)]
+    assert len(set(map(tuple, final[:, -6:].tolist()))) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 20}, {"threshold": 0.6}, {"guidance": 1.0}])
+def test_the_cache_is_exact_in_every_window_of_a_long_text(options: dict[str, Any]) -> None:
+    one = denoiser(block_size=4)
+    canvas = torch.tensor([[EOT, 1, 2, *[MASK] * 30], [EOT, *[MASK] * 32]])
+    before, seen = canvas, 0
+    for step in fill(one, canvas, seed=3, **options):
+        start = step.positions[0] // 4 * 4
+        assert {place // 4 * 4 for place in step.positions} == {start}
+        first = 0 if start + 4 <= 12 else start - 4 - (start // 4 - 3) % 2 * 4
+        asked = torch.zeros_like(before, dtype=torch.bool)
+        asked[step.rows, step.positions] = True
+        view = [text[:, first : start + 4] for text in (before, asked, canvas)]
+        logits = one.logits(view[0], view[1])
+        if "guidance" in options:
+            prompt = view[2] != MASK
+            prompt[:, : max(1 - first, 0)] = False
+            free = one.logits(view[0].masked_fill(prompt, MASK), view[1])
+            logits = (2 * logits - free).masked_fill(one.forbidden, -math.inf)
+        probs = logits.softmax(dim=-1)
+        expected = [float(probs[n, token]) for n, token in enumerate(step.tokens)]
+        assert step.confidences == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        before, seen = step.canvas, seen + len(step.rows)
+    assert seen == int((canvas == MASK).sum())
+
+
+def test_rows_of_a_long_text_do_not_know_of_each_other_and_end_alone() -> None:
+    one = denoiser(block_size=4)
+    texts = [[EOT, *[MASK] * 40], [EOT, 1, 2, *[MASK] * 38], [EOT, *[0, 1] * 9, *[MASK] * 22]]
+    together = fill(one, torch.tensor(texts), seed=4, rows=[5, 6, 9], stop_id=EOT)[-1].canvas
+    for text, number, row in zip(texts, [5, 6, 9], together.tolist(), strict=True):
+        alone = fill(one, torch.tensor([text]), seed=4, rows=[number], stop_id=EOT)[-1].canvas[0].tolist()
+        assert row == alone
+        if EOT in row[1:]:
+            assert MASK not in row[1 : row.index(EOT, 1)] and set(row[-4:]) == {MASK}
+        else:
+            assert MASK not in row
+    assert any(EOT in row[1:] for row in together.tolist()), "the seed should show an end"
+
+
+@pytest.mark.parametrize("settings", [{"alignment": "shifted"}, {"block_size": 4}])
+def test_agreement_commits_what_the_judge_would_have_written(settings: dict[str, Any]) -> None:
+    """Pass by pass against a search, token by token, for the first draft that the judge doubts."""
+    one, judge, threshold = denoiser(**settings), denoiser(8.0).model, 0.25
+    texts = ["e12.........", "e...0...1..2", "e..........."]
+    length = 4 * LENGTH if "block_size" in settings else LENGTH
+    canvas = torch.cat([canvas_of(*texts), torch.full((3, length - LENGTH), MASK)], dim=1)
+    spec = DenoisingSpec(agreement=threshold, order="left_to_right")
+    numbers = uniform(6, Purpose.SAMPLING, torch.arange(3), length)
+    expected, runs = canvas.clone(), []
+    for step in denoise(one, canvas, denoising=spec, seed=6, judge=judge):
+        for row in set(step.rows):
+            places = [p for r, p in zip(step.rows, step.positions, strict=True) if r == row]
+            block = next(b for b in cut_blocks(length, one.block_size or length, LENGTH) if b.end > places[0])
+            run = oracle(one, judge, expected[row], numbers[row], block, threshold)
+            assert places == list(run)
+            expected[row, places] = torch.tensor(list(run.values()))
+            runs.append(len(run))
+        assert torch.equal(step.canvas, expected)
+    assert not (expected == MASK).any()
+    assert 1 in runs and max(runs) > 2
+
+
+def oracle(one: Denoiser, judge: Any, text: Tensor, numbers: Tensor, block: Block, threshold: float) -> dict[int, int]:
+    """Places and tokens that one pass commits."""
+    window = text[block.first : block.end].unsqueeze(0)
+    probs = one.logits(window, window == MASK).softmax(dim=-1)
+    drafts: dict[int, int] = {}
+    for (_, column), row in zip((window == MASK).nonzero().tolist(), probs, strict=True):
+        place = block.first + column
+        if place >= block.start:
+            cumulative = list(itertools.accumulate(row.tolist()))
+            drafts[place] = next(i for i, total in enumerate(cumulative) if total > numbers[place] * cumulative[-1])
+    run: dict[int, int] = {}
+    written = text.clone()
+    for place, token in drafts.items():
+        with torch.no_grad():
+            after = judge(written[block.first : place].unsqueeze(0))[0, -1].masked_fill(one.forbidden, -math.inf)
+        is_doubted = float(after.softmax(dim=-1)[token]) < threshold
+        if not (run and is_doubted):
+            run[place] = written[place] = token
+        if is_doubted:
+            break
+    return run
+
+
+def test_a_threshold_that_nothing_reaches_commits_a_token_a_pass_and_one_that_all_do_a_block() -> None:
+    one, canvas = denoiser(), canvas_of("e...........")
+    for threshold, passes in ((1.0, 11), (1e-300, 1)):
+        spec = DenoisingSpec(agreement=threshold, order="left_to_right")
+        assert len(list(denoise(one, canvas, denoising=spec, judge=denoiser(2.0).model))) == passes

@@ -14,6 +14,7 @@ from trainkit.errors import EXIT_USAGE, UserError
 from transformerlm.inference.generation import generate
 from transformerlm.inference.predictor import Predictor
 from transformerlm.inference.specs import DenoisingSpec, SamplingSpec
+from transformerlm.models.build import create_model
 from transformerlm.models.specs import Reading
 from transformerlm.tokenizer.text_ids import checked_mask_id
 from transformerlm.tokenizer.tokenizer import Tokenizer
@@ -143,7 +144,8 @@ def test_an_autoregressive_model_is_not_asked_for_diffusion(
         ("the", {"mode": "ar"}, "trained for diffusion"),
         ("", {"denoising": DenoisingSpec(guidance=1.0)}, "the prompt is empty"),
         ("the", {"denoising": DenoisingSpec(block_length=5)}, "trained in blocks of 4"),
-        ("the", {"total_length": 48}, "context of 48 tokens, one of which begins it"),
+        ("the", {"total_length": 48, "suffix": "mat"}, "context of 48 tokens, one of which begins it"),
+        ("the", {"denoising": DenoisingSpec(agreement=0.5, order="left_to_right")}, "trained for diffusion only"),
         ("the", {"total_length": 2, "suffix": "the"}, "must be larger than the prompt's"),
     ],
 )
@@ -158,3 +160,35 @@ def test_a_mask_that_is_another_token_too_is_refused() -> None:
     specials = {**shared.special_tokens, "<|mask|>": shared.special_tokens["<|endoftext|>"]}
     with pytest.raises(UserError, match="the same id"):
         checked_mask_id(Tokenizer(replace(shared, special_tokens=specials)))
+
+
+def test_only_a_block_model_writes_more_than_its_context_holds(dual: Predictor) -> None:
+    reading = Reading(modes=("diffusion",), alignment="in_place", block_size=4)
+    blocks = Predictor(model(), tokenizer(), reading)
+    *_, last = blocks.denoise(["the cat", "", "q" * 60], total_length=130, stop_at_eot=False, seed=2)
+    assert last.canvas.shape == (3, 131) and not (last.canvas == blocks.denoiser.mask_id).any()
+    texts = blocks.generate_batch(["the cat", ""], total_length=130, stop_at_eot=False, seed=2)
+    assert texts == [blocks.new_text(last.canvas[row], prompt) for row, prompt in enumerate(["the cat", ""])]
+    with pytest.raises(UserError, match="must be larger than the prompt's 60 tokens"):
+        blocks.generate("q" * 60, total_length=60)
+    for other in (dual, Predictor(model(), tokenizer(), replace(reading, block_size=32))):
+        with pytest.raises(UserError, match=r"total_length .130. exceeds the model's context"):
+            other.generate("the cat", mode="diffusion", total_length=130)
+
+
+def test_a_model_that_is_to_agree_must_know_the_same_tokens_and_see_as_far(dual: Predictor) -> None:
+    spec = DenoisingSpec(agreement=0.2, order="left_to_right")
+    assert dual.generate("the", mode="diffusion", denoising=spec, seed=1)
+    *_, last = dual.denoise(["the"], denoising=spec, seed=1, judge=model(5))
+    assert last.canvas.shape == (1, 48)
+    small = create_model(replace(model().spec, context_length=20), vocab_size=tokenizer().vocab_size)
+    other = create_model(model().spec, vocab_size=tokenizer().vocab_size + 1)
+    for judge in (small, other):
+        with pytest.raises(UserError, match="the model that is to agree has"):
+            dual.denoise(["the"], denoising=spec, judge=judge)
+
+
+@pytest.mark.parametrize("options", [{"steps": 3}, {"tokens_per_step": 2}, {"threshold": 0.5}, {"order": "random"}])
+def test_agreement_goes_its_own_way(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="agreement says itself"):
+        DenoisingSpec(**{"agreement": 0.5, "order": "left_to_right", **options})

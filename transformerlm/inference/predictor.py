@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -33,9 +34,10 @@ from transformerlm.utils.dtypes import resolve_device, resolve_dtype
 class Predictor:
     """Continues texts, or with a diffusion model fills them in.
 
-    `total_length` counts the tokens of prompt, new text and suffix together; 0 is all that the model's context holds. A
-    text that the model ends itself is shorter. Special tokens in a prompt are plain characters. `mode` chooses how to
-    write where the model knows both ways; `auto` is the one that it was trained for, next tokens when both.
+    `total_length` counts the tokens of prompt, new text and suffix together; 0 is all that the model's context holds,
+    which only a block diffusion model can go beyond. A text that the model ends itself is shorter. Special tokens in a
+    prompt are plain characters. `mode` chooses how to write where the model knows both ways; `auto` is the one that it
+    was trained for, next tokens when both.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, reading: Reading = AUTOREGRESSIVE) -> None:
@@ -138,15 +140,22 @@ class Predictor:
         denoising: DenoisingSpec = DEFAULT_DENOISING,
         seed: int = 0,
         stop_at_eot: bool = True,
+        judge: Transformer | None = None,
     ) -> Iterator[Step]:
-        """Fill a canvas for each prompt, step by step: end of text, prompt, masks, `suffix`."""
+        """Fill a canvas for each prompt, step by step: end of text, prompt, masks, `suffix`.
+
+        `judge` is a next-token model with the same tokenizer, whose agreement `denoising` may ask for instead of this
+        model's own. The canvas of a block model may be longer than its context, where there is no suffix.
+        """
         denoiser = self.denoiser
         self._check_denoising(prompts, denoising)
         end = self._encode(suffix)
         starts = [[self.tokenizer.eot_id, *self._encode(prompt)] for prompt in prompts]
         longest = max(map(len, starts)) - 1 + len(end)
         # The end-of-text token that begins the document has a place of its own on the canvas.
-        length = 1 + self._checked_length(longest, total_length, self.model.spec.context_length - 1)
+        room = self.model.spec.context_length - 1
+        goes_on = total_length > room and 0 < 2 * denoiser.block_size <= room + 1 and not suffix
+        length = 1 + self._checked_length(longest, total_length, sys.maxsize if goes_on else room)
         rows = [[*start, *[denoiser.mask_id] * (length - len(start) - len(end)), *end] for start in starts]
         return denoise(
             denoiser,
@@ -155,6 +164,7 @@ class Predictor:
             sampling=sampling,
             seed=seed,
             stop_id=self.tokenizer.eot_id if stop_at_eot else None,
+            judge=self._judge(judge, min(length, room + 1)) if denoising.agreement else None,
         )
 
     def new_text(self, canvas: Tensor, prompt: str, suffix: str = "") -> str:
@@ -236,6 +246,23 @@ class Predictor:
                 "inference.suffix is for diffusion models: next-token prediction cannot look ahead; leave it out",
                 EXIT_USAGE,
             )
+
+    def _judge(self, judge: Transformer | None, length: int) -> Transformer:
+        """Who is asked to agree on drafts of `length` tokens: `judge`, or this model itself where it can."""
+        if judge is None and "ar" not in self.reading.modes:
+            raise UserError(
+                "inference.agreement asks for next-token probabilities, and this checkpoint was trained for diffusion "
+                "only; use one that was trained for both, or set agreement = 0",
+                EXIT_USAGE,
+            )
+        judge = judge or self.model
+        if judge.vocab_size != self.model.vocab_size or judge.spec.context_length < length:
+            raise UserError(
+                f"the model that is to agree has {judge.vocab_size} ids and a context of {judge.spec.context_length}; "
+                f"it needs {self.model.vocab_size} ids and {length} tokens: use another one, or a shorter total_length",
+                EXIT_USAGE,
+            )
+        return judge
 
     def _check_denoising(self, prompts: Sequence[str], denoising: DenoisingSpec) -> None:
         if denoising.guidance and not all(prompts):

@@ -48,6 +48,9 @@ class DenoisingSpec:
     """Places filled in one pass when `steps` is 0. One is exact; more treat them as independent, which is faster."""
     threshold: Annotated[float, Ge(0), Le(1)] = 0.0
     """Also fill every place whose most likely token has at least this probability (arXiv:2505.22618); 0 = off."""
+    agreement: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Fill, from left to right, all places whose drafts have at least this probability as next tokens, of a model that
+    was trained for both (arXiv:2506.00413); 0 = off."""
     block_length: Annotated[int, Ge(0)] = 0
     """Fill the canvas block after block of so many tokens; 0 = all at once, or a block model's own blocks."""
     guidance: Annotated[float, Ge(0)] = 0.0
@@ -59,6 +62,12 @@ class DenoisingSpec:
     def __post_init__(self) -> None:
         if self.steps and self.tokens_per_step != 1:
             raise ValueError("steps and tokens_per_step both say how fast to go: set one of them")
+        pace = (self.order, self.steps, self.tokens_per_step, self.threshold)
+        if self.agreement and pace != ("left_to_right", 0, 1, 0):
+            raise ValueError(
+                "agreement says itself how many places to fill, from left to right: set order = 'left_to_right', "
+                "and neither steps, tokens_per_step nor threshold"
+            )
         if self.cache != "off" and not self.block_length:
             raise ValueError(f"cache = '{self.cache}' keeps what lies outside of a block: set block_length")
 
@@ -80,7 +89,8 @@ class InferenceSpec(SamplingSpec, DenoisingSpec):
     """How to write: `ar` token after token, `diffusion` by filling in masks; `auto` is what the model was trained for,
     `ar` when both."""
     total_length: Annotated[int, Ge(0)] = 0
-    """Tokens of prompt, new text and suffix together, at most what the model's context holds; 0 = that many."""
+    """Tokens of prompt, new text and suffix together; 0 = all that the model's context holds, which only a block
+    diffusion model can go beyond."""
     num_samples: Annotated[int, Ge(1)] = 1
     """Continuations of the prompt, each with random numbers of its own."""
     seed: Annotated[int, Ge(0)] = 0
