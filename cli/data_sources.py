@@ -25,13 +25,16 @@ from trainkit.loop import DataState, Source
 from trainkit.task import Batch
 from transformerlm.tokenizer.tokenizer import Tokenizer
 
+Prepare = Callable[[Batch], Batch]
+"""The objective's `prepare`."""
+
 
 @dataclass(frozen=True)
 class RunData:
     """What a run reads, opened and checked."""
 
-    source: Callable[[int, int], Source]
-    """`source(rank, world_size)`: that rank's training batches."""
+    source: Callable[[int, int, Prepare], Source]
+    """`source(rank, world_size, prepare)`: that rank's training batches, each prepared where it is read."""
     validation: Mapping[str, HeldOut]
     """By name; the main one is `val`."""
     inputs: Mapping[str, Any]
@@ -46,9 +49,19 @@ class Prefetched:
 
     read: Callable[[list[DataState] | None], Iterator[tuple[list[Batch], DataState]]]
     depth: int
+    prepare: Prepare
 
     def steps(self, states: list[DataState] | None) -> Generator[tuple[list[Batch], DataState]]:
-        return prefetch(self.read(states), self.depth)
+        return prefetch(self._prepared(states), self.depth)
+
+    def _prepared(self, states: list[DataState] | None) -> Generator[tuple[list[Batch], DataState]]:
+        steps = self.read(states)
+        try:
+            for batches, state in steps:
+                yield [self.prepare(batch) for batch in batches], state
+        finally:
+            if isinstance(steps, Generator):
+                steps.close()
 
 
 def open_run_data(config: TrainConfig, tokenizer: Tokenizer, revision: str = "") -> RunData:
@@ -99,7 +112,7 @@ def _open_token_files(config: TrainConfig, data: MegatronDataSpec, tokenizer: To
         num_samples=config.training.max_steps * _samples_per_step(config),
     )
 
-    def source(rank: int, world_size: int) -> Source:
+    def source(rank: int, world_size: int, prepare: Prepare) -> Source:
         windows = MegatronSource(
             order=order,
             samples_per_step=_samples_per_step(config),
@@ -107,7 +120,7 @@ def _open_token_files(config: TrainConfig, data: MegatronDataSpec, tokenizer: To
             rank=rank,
             world_size=world_size,
         )
-        return Prefetched(windows.steps, data.prefetch)
+        return Prefetched(windows.steps, data.prefetch, prepare)
 
     validation = _open_validation(data, tokenizer)
     inputs = {"train": " ".join(one.identity for one in tokens), **_identities(validation)}
@@ -152,13 +165,13 @@ def _open_stream(
         "seed": config.run.seed,
     }
 
-    def source(rank: int, world_size: int) -> Source:
+    def source(rank: int, world_size: int, prepare: Prepare) -> Source:
         match data:
             case PackedDataSpec():
                 batches = PackedSource(**shared, spec=data, rank=rank, world_size=world_size)
             case RowsDataSpec():
                 batches = RowsSource(**shared, spec=data, rank=rank, world_size=world_size)
-        return Prefetched(batches.steps, data.prefetch)
+        return Prefetched(batches.steps, data.prefetch, prepare)
 
     validation = _open_validation(data, tokenizer, revision)
     inputs = {"train": documents.identity, "revision": revision, **_identities(validation)}

@@ -35,18 +35,29 @@ if TYPE_CHECKING:
     from transformerlm.tokenizer.tokenizer import Tokenizer
 
 
+METHODS = {
+    "ar": "exact, token after token",
+    "bound": "upper bound over all orders of unmasking, estimated",
+    "left_to_right": "exact, masks lifted from left to right",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What was scored and what came out."""
 
     checkpoint: str
     weights: str
+    method: str
+    """`ar`, `bound` or `left_to_right`: what the loss is."""
     data: str
     documents: int
     tokens: int
     bytes: int
     loss: float
     """Nats per token."""
+    loss_error: float
+    """Standard error of the loss from the random draws of `bound`; 0 for what is exact."""
     perplexity: float
     bits_per_byte: float
     """NaN for texts without a byte."""
@@ -94,12 +105,14 @@ def run(loaded: Loaded[EvalConfig], arguments: argparse.Namespace) -> None:
 
 def evaluate_checkpoint(spec: CheckpointEvaluationSpec, data: EvaluationDataSpec) -> Report:
     """Score the documents of `data` with a checkpoint."""
-    from transformerlm.evaluation.likelihood import score_documents
+    from transformerlm.evaluation.methods import resolve_method, score
+    from transformerlm.inference.predictor import Predictor
     from transformerlm.models.files import load_checkpoint
     from transformerlm.utils.dtypes import resolve_dtype
 
     checkpoint = load_checkpoint(spec.checkpoint, weights=spec.weights, device=spec.device)
     model, tokenizer = checkpoint.model.to(resolve_dtype(spec.precision)), checkpoint.tokenizer
+    method = resolve_method(spec.method, checkpoint.reading)
     if spec.stride > model.spec.context_length:
         raise UserError(
             f"evaluation.stride ({spec.stride}) exceeds the model's context of {model.spec.context_length} tokens; "
@@ -115,25 +128,21 @@ def evaluate_checkpoint(spec: CheckpointEvaluationSpec, data: EvaluationDataSpec
                 stories.append(tokenizer.decode(document[:-1]))
             yield document
 
-    scores = score_documents(
-        model,
-        _with_progress(documents(), _least(opened.count, spec.max_documents)),
-        tokenizer.byte_lengths(),
-        eot_id=tokenizer.eot_id,
-        context_length=model.spec.context_length,
-        stride=spec.stride,
-        batch_size=spec.batch_size,
-    )
+    shown = _with_progress(documents(), _least(opened.count, spec.max_documents))
+    bound = score(Predictor(model, tokenizer, checkpoint.reading), shown, spec)
+    scores = bound.scores
     if not len(scores.nats):
         raise UserError(f"{opened.name} holds no document to score; check the [data] table")
     return Report(
         checkpoint=str(checkpoint.path),
         weights=spec.weights,
+        method=method,
         data=opened.name,
         documents=len(scores.nats),
         tokens=int(scores.tokens.sum()),
         bytes=int(scores.bytes.sum()),
         loss=scores.loss,
+        loss_error=bound.standard_error / max(int(scores.tokens.sum()), 1),
         perplexity=scores.perplexity,
         bits_per_byte=scores.bits_per_byte,
         grammar=_beside_the_grammar(scores, stories) if opened.is_grammar else None,
@@ -153,7 +162,8 @@ def table(report: Report) -> str:
     rows = [
         ("checkpoint", f"{report.checkpoint} ({report.weights} weights)"),
         ("data", f"{report.data}: {report.documents:,} documents, {report.tokens:,} tokens, {report.bytes:,} bytes"),
-        ("loss", f"{report.loss:.4f} nats per token"),
+        ("method", METHODS[report.method]),
+        ("loss", f"{_measured(report.loss, report.loss_error or math.nan, '.4f')} nats per token"),
         ("perplexity", f"{report.perplexity:.3f}"),
         ("bits per byte", f"{report.bits_per_byte:.4f}"),
     ]

@@ -211,14 +211,12 @@ def _score(config: TrainConfig, directory: Path, name: str) -> dict[str, Any]:
 def _tell_stories(config: TrainConfig, directory: Path) -> list[str]:
     if not config.inference.prompts:
         return []
+    from cli.training import tell
     from transformerlm.inference.predictor import Predictor
 
     predictor = Predictor.from_checkpoint(directory, device=config.training.device, weights=_weights(config))
-    settings = config.inference
-    texts = predictor.generate_batch(
-        settings.prompts, total_length=settings.total_length, sampling=settings, seed=config.run.seed
-    )
-    return [prompt + text for prompt, text in zip(settings.prompts, texts, strict=True)]
+    modes = predictor.reading.modes
+    return [text for mode in modes for text in tell(predictor, config.inference, config.run.seed, mode)]
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

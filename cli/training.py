@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from cli.data_sources import RunData, open_run_data, pinned_revision
 from cli.validation import MAIN, build_evaluator
 from config.loading import resolved
 from config.schemas import TrainConfig
+from config.specs import SamplesSpec
 from trainkit.beginnings import choose_beginning, load_beginning
 from trainkit.checkpoints import CheckpointStore, load_model_tensors, load_weights
 from trainkit.distribution import World, choose_device, main_first, open_world
@@ -42,8 +44,10 @@ from transformerlm.inference.predictor import Predictor
 from transformerlm.models.build import create_model
 from transformerlm.models.files import write_model_json
 from transformerlm.models.sizes import flops_per_token
+from transformerlm.models.specs import Mode
 from transformerlm.models.transformer import Transformer
-from transformerlm.objectives.build import build_objective
+from transformerlm.objectives.build import NoiseContext, build_objective, passes_per_token, reading_of
+from transformerlm.tokenizer.text_ids import checked_mask_id, ids_without_text
 from transformerlm.tokenizer.tokenizer import Tokenizer
 
 EXIT_CODES = {"finished": 0, "preempted": EXIT_REQUEUE, "non-finite": EXIT_NON_FINITE}
@@ -127,14 +131,18 @@ def open_ingredients(config: TrainConfig, revision: str) -> Ingredients:
     tokenizer = Tokenizer.load(config.tokenizer.path)
     _check_prompts(config, tokenizer)
     data = open_run_data(config, tokenizer, revision)
-    data.source(0, 1)  # refuses what no rank could read
+    data.source(0, 1, lambda batch: batch)  # refuses what no rank could read
+    if "diffusion" in reading_of(config.objective).modes:
+        checked_mask_id(tokenizer)
     return Ingredients(config, tokenizer, data)
 
 
 def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """The samples come at the end of a long run; whether their prompts fit is known now."""
     longest = max((tokenizer.count(prompt, allowed_special="none") for prompt in config.inference.prompts), default=0)
-    limit = config.inference.total_length or config.model.context_length
+    # On a diffusion model's canvas the end-of-text token that begins the document has a place of its own.
+    room = config.model.context_length - ("diffusion" in reading_of(config.objective).modes)
+    limit = config.inference.total_length or room
     if longest >= limit:
         raise UserError(
             f"a prompt of inference.prompts has {longest} tokens, but inference.total_length leaves room for less than "
@@ -183,10 +191,11 @@ def _compose(
     interrupts: Interrupts,
 ) -> Run:
     config, tokenizer = ingredients.config, ingredients.tokenizer
+    objective = build_objective(config.objective, config.model, _noise(config, tokenizer, world.device))
     return Run(
         model=create_model(config.model, vocab_size=tokenizer.vocab_size, seed=config.run.seed),
-        task=build_objective(config.objective, config.model),
-        source=ingredients.data.source(world.rank, world.size),
+        task=objective,
+        source=ingredients.data.source(world.rank, world.size, objective.prepare),
         training=config.training,
         optimizer=config.optimizer,
         schedule=config.schedule,
@@ -202,6 +211,18 @@ def _compose(
     )
 
 
+def _noise(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> NoiseContext | None:
+    if "diffusion" not in reading_of(config.objective).modes:
+        return None
+    return NoiseContext(
+        mask_id=checked_mask_id(tokenizer),
+        forbidden=torch.from_numpy(ids_without_text(tokenizer)).to(device),
+        samples_per_step=config.training.total_batch_size // config.model.context_length,
+        max_steps=config.training.max_steps,
+        seed=config.run.seed,
+    )
+
+
 def _watchdog(config: TrainConfig, directory: Path, world: World) -> Watchdog:
     def alarmed(text: str) -> None:
         write_status(directory, "failed", step=read_status(directory).get("step", 0), message=text)
@@ -213,30 +234,43 @@ def _facts(config: TrainConfig, tokenizer: Tokenizer) -> RunFacts:
     return RunFacts(
         unit_name="tokens",
         units_per_sample=config.model.context_length,
-        flops_per_unit=flops_per_token(config.model, tokenizer.vocab_size),
+        flops_per_unit=flops_per_token(config.model, tokenizer.vocab_size) * passes_per_token(config.objective),
     )
 
 
 def _sampler(config: TrainConfig, tokenizer: Tokenizer, log: FileLog | NullLog) -> Callable[[nn.Module, int], None]:
-    """Continues the prompts of `[inference]` and logs the texts."""
-    settings = config.inference
+    """Continues the prompts of `[inference]`, in each way that the model writes, and logs the texts."""
+    settings, reading = config.inference, reading_of(config.objective)
 
     def sample(model: nn.Module, step: int) -> None:
         assert isinstance(model, Transformer)
-        texts = Predictor(model, tokenizer).generate_batch(
-            settings.prompts, total_length=settings.total_length, sampling=settings, seed=config.run.seed
-        )
-        for prompt, text in zip(settings.prompts, texts, strict=True):
-            log.write({"kind": "sample", "step": step, "prompt": prompt, "text": prompt + text})
+        predictor = Predictor(model, tokenizer, reading)
+        for mode in reading.modes:
+            for prompt, text in zip(settings.prompts, tell(predictor, settings, config.run.seed, mode), strict=True):
+                log.write({"kind": "sample", "step": step, "mode": mode, "prompt": prompt, "text": text})
 
     return sample
+
+
+def tell(predictor: Predictor, settings: SamplesSpec, seed: int, mode: Mode) -> list[str]:
+    """Each prompt of `[inference]` with its continuation."""
+    texts = predictor.generate_batch(
+        settings.prompts,
+        total_length=settings.total_length,
+        mode=mode,
+        sampling=settings,
+        denoising=settings,
+        seed=seed,
+    )
+    return [prompt + text for prompt, text in zip(settings.prompts, texts, strict=True)]
 
 
 def _asset_writer(config: TrainConfig, tokenizer: Tokenizer) -> Callable[[Path], None]:
     """A checkpoint is complete: it carries the model's description and the tokenizer."""
 
     def write(directory: Path) -> None:
-        write_model_json(directory, config.model, vocab_size=tokenizer.vocab_size)
+        reading = reading_of(config.objective)
+        write_model_json(directory, config.model, vocab_size=tokenizer.vocab_size, reading=reading)
         tokenizer.save(directory / "tokenizer")
 
     return write

@@ -15,7 +15,10 @@ from config.schemas import TrainConfig
 from trainkit.data.megatron import IndexedTokens, IntArray
 from trainkit.distribution import World, gather_over_ranks
 from trainkit.precision import autocast_context
-from transformerlm.evaluation.likelihood import score_documents
+from transformerlm.evaluation.methods import score
+from transformerlm.inference.predictor import Predictor
+from transformerlm.models.transformer import Transformer
+from transformerlm.objectives.build import reading_of
 from transformerlm.tokenizer.tokenizer import Tokenizer
 
 MAIN = "val"
@@ -113,23 +116,16 @@ def build_evaluator(
     if not sets:
         return None
     shares = {name: _share(held_out, config.evaluation.max_documents, world) for name, held_out in sets.items()}
-    byte_lengths = tokenizer.byte_lengths()
+    reading = reading_of(config.objective)
 
-    def score(model: nn.Module, documents: Iterable[IntArray]) -> tuple[float, int, int]:
-        scores = score_documents(
-            model,
-            documents,
-            byte_lengths,
-            eot_id=tokenizer.eot_id,
-            context_length=config.model.context_length,
-            stride=config.evaluation.stride,
-            batch_size=config.evaluation.batch_size,
-        )
+    def sums(model: nn.Module, documents: Iterable[IntArray]) -> tuple[float, int, int]:
+        assert isinstance(model, Transformer)
+        scores = score(Predictor(model, tokenizer, reading), documents, config.evaluation).scores
         return math.fsum(scores.nats), int(scores.tokens.sum()), int(scores.bytes.sum())
 
     def measure(model: nn.Module, share: Sequence[Iterable[IntArray]]) -> dict[str, float]:
-        parts = gather_over_ranks([score(model, documents) for documents in share], world)
-        nats, tokens, size = zip(*(sums for part in parts for sums in part), strict=True)
+        parts = gather_over_ranks([sums(model, documents) for documents in share], world)
+        nats, tokens, size = zip(*(one for part in parts for one in part), strict=True)
         total = math.fsum(nats)  # exact: it does not matter in which order the ranks' parts come
         loss = total / max(sum(tokens), 1)
         values = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}

@@ -40,7 +40,7 @@ from trainkit.specs import (
 from transformerlm.evaluation.specs import EvaluationSpec
 from transformerlm.inference.specs import InferenceSpec
 from transformerlm.models.specs import TransformerSpec
-from transformerlm.objectives.specs import AutoregressiveSpec
+from transformerlm.objectives.specs import AutoregressiveSpec, DiffusionSpec, ObjectiveSpec
 from transformerlm.tokenizer.specs import TokenizerTrainingSpec
 
 RESERVED_SETS = ("val", "test")
@@ -68,7 +68,7 @@ class Experiment(Schema):
     """What it reads, and how."""
     training: RunTrainingSpec = RunTrainingSpec()
     """The loop: how long, how large a step, how often to look, and for which objective."""
-    objective: AutoregressiveSpec = AutoregressiveSpec()
+    objective: Annotated[ObjectiveSpec, Discriminator("kind")] = AutoregressiveSpec()
     """Settings of the objective that `training.objective` chooses."""
     optimizer: Annotated[OptimizerSpec, Discriminator("kind")] = AdamWSpec()
     """How weights follow gradients."""
@@ -102,6 +102,10 @@ class Experiment(Schema):
         if self.evaluation.stride > length:
             raise ValueError(
                 f"evaluation.stride ({self.evaluation.stride}) must be at most model.context_length ({length})"
+            )
+        if isinstance(self.objective, DiffusionSpec) and self.objective.block_size > length:
+            raise ValueError(
+                f"objective.block_size ({self.objective.block_size}) must be at most model.context_length ({length})"
             )
         if self.objective.kind != self.training.objective:
             raise ValueError(

@@ -11,7 +11,7 @@ from pydantic import StringConstraints
 from config.corpora import NotEmpty
 from trainkit.specs import TrainingSpec
 from transformerlm.evaluation.specs import EvaluationSpec
-from transformerlm.inference.specs import PrecisionName, SamplingSpec, WeightsName
+from transformerlm.inference.specs import DenoisingSpec, PrecisionName, SamplingSpec, WeightsName
 from transformerlm.tokenizer.specs import TokenizerTrainingSpec
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]
@@ -36,12 +36,13 @@ class RunSpec:
 class RunTrainingSpec(TrainingSpec):
     """The loop, and what it trains for."""
 
-    objective: Literal["ar"] = "ar"
-    """`ar`: predict each token from those before it. Chooses the kind of the table `[objective]`."""
+    objective: Literal["ar", "diffusion", "dual"] = "ar"
+    """`ar`: predict each token from those before it; `diffusion`: restore masked tokens from all others; `dual`: both,
+    in one model. Chooses the kind of the table `[objective]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplesSpec(SamplingSpec):
+class SamplesSpec(SamplingSpec, DenoisingSpec):
     """The texts that a run writes into `samples.md` while it trains and at its end."""
 
     prompts: tuple[str, ...] = ("Once upon a time",)

@@ -96,7 +96,7 @@ def test_what_one_document_cannot_tell_is_null(run: Path, tmp_path: Path, capsys
 def test_the_table_is_for_people(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(run) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = ["checkpoint", "data", "loss", "perplexity", "bits per byte", "grammar", "excess"]
+    names = ["checkpoint", "data", "method", "loss", "perplexity", "bits per byte", "grammar", "excess"]
     assert [line[:15].strip() for line in lines] == names
     assert "3 documents" in lines[1] and "% above it" in lines[-1].replace("±", "%")
 

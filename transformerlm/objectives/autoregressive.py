@@ -28,6 +28,10 @@ class Autoregressive:
     document_mask: bool
     """Whether attention stays inside each document."""
 
+    def prepare(self, batch: Batch) -> Batch:
+        """As it is: nothing is drawn."""
+        return batch
+
     def weights(self, batch: Batch) -> Mapping[str, Tensor]:
         count = _is_target(batch).sum()
         return {name: count for name in self._term_names}

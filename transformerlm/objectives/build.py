@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 from torch import Tensor
 
-from trainkit.task import Task
+from trainkit.task import Batch, Task
 from transformerlm.models.specs import AUTOREGRESSIVE, ModelSpec, Reading
 from transformerlm.objectives.autoregressive import Autoregressive
 from transformerlm.objectives.diffusion import MaskedDiffusion
@@ -26,7 +27,13 @@ class NoiseContext:
     seed: int
 
 
-def build_objective(spec: ObjectiveSpec, model: ModelSpec, noise: NoiseContext | None = None) -> Task:
+class Objective(Task, Protocol):
+    def prepare(self, batch: Batch) -> Batch:
+        """What must be done to a batch on the CPU, ahead of the training thread, before `weights` and `loss` see it."""
+        ...
+
+
+def build_objective(spec: ObjectiveSpec, model: ModelSpec, noise: NoiseContext | None = None) -> Objective:
     """The task that trains a model of this spec; diffusion needs to know its `noise`."""
     match spec:
         case AutoregressiveSpec():
@@ -52,6 +59,17 @@ def reading_of(spec: ObjectiveSpec) -> Reading:
             return Reading(modes=("diffusion",), alignment=spec.alignment, block_size=spec.block_size)
         case DualSpec():
             return Reading(modes=("ar", "diffusion"), alignment="shifted")
+
+
+def passes_per_token(spec: ObjectiveSpec) -> int:
+    """How often training runs a token through the model: a noisy and a clean copy with blocks, both halves if dual."""
+    match spec:
+        case AutoregressiveSpec():
+            return 1
+        case DiffusionSpec():
+            return 2 if spec.block_size else 1
+        case DualSpec():
+            return 2
 
 
 def _masked_diffusion(spec: DiffusionSpec, noise: NoiseContext | None) -> MaskedDiffusion:

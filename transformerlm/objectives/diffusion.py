@@ -30,7 +30,7 @@ CAPACITY_PARTS = 8
 
 @dataclass(frozen=True)
 class MaskedDiffusion:
-    """A `trainkit.task.Task` for batches that `corrupt` has been applied to."""
+    """A `trainkit.task.Task` for batches that `prepare` has been applied to."""
 
     spec: DiffusionSpec
     mask_id: int
@@ -39,7 +39,7 @@ class MaskedDiffusion:
     samples_per_step: int
     seed: int
 
-    def corrupt(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch) -> Batch:
         """The batch with its noise; on the CPU, before it goes to the device.
 
         From `tokens`, `documents` (int64 [rows, context_length + 1], −1 = fill), `sample` and `valid`: adds `noisy`

@@ -19,19 +19,19 @@ from transformerlm.objectives.specs import DualSpec
 
 @dataclass(frozen=True)
 class Dual:
-    """A `trainkit.task.Task` for batches that `corrupt` has been applied to."""
+    """A `trainkit.task.Task` for batches that `prepare` has been applied to."""
 
     spec: DualSpec
     ar: Autoregressive
     diffusion: MaskedDiffusion
     max_steps: int
 
-    def corrupt(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch) -> Batch:
         """The diffusion half's noise, and `ar_weight`, float32 [rows]: α in the samples' step."""
         step = batch["sample"] // self.diffusion.samples_per_step
         done = (step / max(self.max_steps - 1, 1)).clamp(max=1.0)
         alpha = self.spec.ar_weight + (self.spec.final_ar_weight - self.spec.ar_weight) * done
-        return {**self.diffusion.corrupt(batch), "ar_weight": alpha.float()}
+        return {**self.diffusion.prepare(batch), "ar_weight": alpha.float()}
 
     def weights(self, batch: Batch) -> Mapping[str, Tensor]:
         halves = {"ar": self.ar.weights(batch), "diffusion": self.diffusion.weights(batch)}
