@@ -27,6 +27,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "tinystories": PipelineConfig,
     "train_tokenizer": COMMANDS["transformerlm-train-tokenizer"],
     "make_data": COMMANDS["transformerlm-make-data"],
+    "simplestories": COMMANDS["transformerlm-train"],
     "infer": COMMANDS["transformerlm-infer"],
     "eval": COMMANDS["transformerlm-eval"],
     "bench_tokenizer": COMMANDS["transformerlm-bench-tokenizer"],
