@@ -72,7 +72,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if (device.index or 0) >= counts.get(device.type, 0):
         raise UserError(
             f'training.device = "{name}" means {device}, on which nothing can be trained here; use auto or cpu, '
-            "and with torchrun no more processes than GPUs",
+            "and no more processes than GPUs",
             EXIT_USAGE,
         )
     return device
