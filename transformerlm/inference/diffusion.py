@@ -88,7 +88,7 @@ def denoise(
         steps_left = _allot(denoising, given, block)
         while (is_open := _open_places(text, denoiser, given, stop_id, block)).any():
             with nvtx.range("denoise"):
-                places = _on_device(is_open, device)
+                places, wanted = _on_device(is_open, _wanted(is_open, denoising, steps_left), device)
                 logits = read(places)
                 if stop_id is not None:
                     logits = _without_stops(logits, never_stops[places], stop_id)
@@ -96,7 +96,6 @@ def denoise(
                 log_probs = adjusted_log_probs(logits, sampling, seen=seen)
                 tokens = _draw(log_probs, drawing[places], sampling)
                 if judge is None:
-                    wanted = _wanted(is_open, denoising, steps_left).to(device)
                     chosen = choose_places(log_probs, places, waiting, wanted, denoising)
                 else:
                     drafted = canvas.index_put(places, tokens)
@@ -184,9 +183,10 @@ def _open_places(text: Tensor, denoiser: Denoiser, given: Tensor, stop_id: int |
     return is_open
 
 
-def _on_device(is_open: Tensor, device: torch.device) -> Places:
-    rows, columns = is_open.nonzero(as_tuple=True)
-    return rows.to(device), columns.to(device)
+def _on_device(is_open: Tensor, wanted: Tensor, device: torch.device) -> tuple[Places, Tensor]:
+    """The open places and `wanted`, sent off at once: a copy that blocks would wait for the device."""
+    rows, columns, wanted = (x.to(device, non_blocking=True) for x in (*is_open.nonzero(as_tuple=True), wanted))
+    return (rows, columns), wanted
 
 
 def _without_stops(logits: Tensor, never_stops: Tensor, stop_id: int | None) -> Tensor:
