@@ -23,6 +23,7 @@ from typing import Any
 from trainkit.artifacts import MANIFEST, verify_directory
 from trainkit.errors import UserError
 from transformerlm.tokenizer.pretokenizer import PATTERNS
+from transformerlm.tokenizer.readiness import no_garbage
 from transformerlm.tokenizer.specs import PatternName
 from transformerlm.tokenizer.vocabulary import (
     BYTES,
@@ -47,6 +48,7 @@ LOOKS_SPECIAL = re.compile(r"<\|.+\|>|<.+>|\[.+\]")
 """Names that may be taken for special tokens where no file lists them."""
 
 
+@no_garbage()
 def read_vocabulary(path: Path | str) -> Vocabulary:
     """The vocabulary in a tokenizer directory (its manifest verified if there is one) or in a `tokenizer.json`."""
     path = Path(path)
@@ -66,6 +68,7 @@ def read_vocabulary(path: Path | str) -> Vocabulary:
     raise UserError(f"{path} holds no tokenizer: neither {VOCAB} and {MERGES} nor {TOKENIZER_JSON}; name another path")
 
 
+@no_garbage()
 def read_gpt2_files(vocab: Path | str, merges: Path | str, special_tokens: Path | str | None = None) -> Vocabulary:
     """Read GPT-2's two files and a list of special tokens: names, `{name: id}`, or Hugging Face's `{role: name}`.
 

@@ -8,12 +8,15 @@ twice the time of the better choice.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from threading import RLock
@@ -46,11 +49,24 @@ def load(name: str) -> ModuleType:
     """The module `transformerlm.tokenizer.<name>`, its kernels loaded or, where they have never been, compiled."""
     with _lock:
         if name not in _loaded:
-            module = importlib.import_module(f"transformerlm.tokenizer.{name}")
+            with no_garbage():
+                module = importlib.import_module(f"transformerlm.tokenizer.{name}")
             if not _marker(name).exists():
                 _compile(name, module)
             _loaded[name] = module
         return _loaded[name]
+
+
+@contextmanager
+def no_garbage() -> Generator[None]:
+    """While ten thousands of objects are made that all stay: the collector would look them through again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _compile(name: str, module: ModuleType) -> None:
