@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# What a cloud pod runs (infra/runpod-pod.yaml): text shards where RUN_SHARD=1 asks for them, then the pipeline, which goes on
+# where an earlier pod stopped.
+#
+#   RUN_CONFIG      profile in config/resources (runpod_2b)
+#   RUN_SHARD       1 = shard RUN_DATASET first (0)
+#   RUN_DATASET     data set of the hub (HuggingFaceFW/fineweb), RUN_DATASET_CONFIG its configuration (sample-10BT)
+#   RUN_EXPERIMENT  folder of the shards (fineweb)
+#   CLOUD_ROOT      the volume (/workspace)
+#
+# Arguments are handed to transformerlm-pipeline.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/lib.sh
+source "$ROOT/scripts/lib.sh"
+use_tools
+cd "$ROOT"
+load_env .env env/*.env
+
+cloud_root=${CLOUD_ROOT:-/workspace}
+experiment=${RUN_EXPERIMENT:-fineweb}
+profile=${RUN_CONFIG:-runpod_2b}
+export HF_HOME=${HF_HOME:-$cloud_root/hf_cache}
+mkdir -p "$cloud_root"/{datasets,artifacts/tokenizer,runs,hf_cache}
+
+case ${RUN_SHARD:-0} in
+    0) ;;
+    1)
+        in_environment python scripts/shard_dataset.py --dataset "${RUN_DATASET:-HuggingFaceFW/fineweb}" \
+            --config "${RUN_DATASET_CONFIG:-sample-10BT}" --experiment "$experiment" --root "$cloud_root/datasets"
+        ;;
+    *) usage "RUN_SHARD is ${RUN_SHARD}; it must be 0 or 1" ;;
+esac
+
+in_environment transformerlm-pipeline --mode cloud --profile "$profile" \
+    --input "$cloud_root/datasets/train/$experiment" --run-dir "$cloud_root/runs/$profile" "$@"
