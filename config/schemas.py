@@ -17,6 +17,7 @@ from config.specs import (
     ArtifactsSpec,
     CheckpointEvaluationSpec,
     EvaluationDataSpec,
+    InferenceBenchmarkSpec,
     PipelineTokenizerSpec,
     RunEvaluationDataSpec,
     RunSpec,
@@ -239,6 +240,15 @@ class InferConfig(Schema):
         return self
 
 
+class BenchInferConfig(Schema):
+    """`transformerlm-bench-infer`: next-token decoding beside diffusion."""
+
+    benchmark: InferenceBenchmarkSpec = InferenceBenchmarkSpec()
+    """Which weights write which texts, and how."""
+    model: TransformerSpec = TransformerSpec()
+    """What random weights are made for, where `benchmark.checkpoint` is empty."""
+
+
 class EvalConfig(Schema):
     """`transformerlm-eval`: loss, perplexity and bits per byte of a checkpoint."""
 
@@ -255,6 +265,7 @@ COMMANDS: Mapping[str, type[Schema]] = {
     "transformerlm-make-data": MakeDataConfig,
     "transformerlm-bench-tokenizer": BenchTokenizerConfig,
     "transformerlm-infer": InferConfig,
+    "transformerlm-bench-infer": BenchInferConfig,
     "transformerlm-eval": EvalConfig,
 }
 """Which schema each command reads."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import StringConstraints
 
 from config.corpora import NotEmpty
@@ -129,6 +129,54 @@ class TokenizerBenchmarkSpec:
         "encode", "calls", "decode", "threads", "files", "train", "memory", "start",
     )  # fmt: skip
     """What to measure; the top of benchmarking/bench_tokenizer.py explains each."""
+
+
+Decoding = Literal["ar", "confidence", "steps", "prefix", "dual", "blocks", "agreement"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceBenchmarkSpec:
+    """Which weights write which texts, and how."""
+
+    checkpoint: str = ""
+    """A checkpoint: its step folder, its run folder, or `…/checkpoints/best` or `latest`; empty = random weights."""
+    decodings: tuple[Decoding, ...] = ()
+    """What to measure; empty = all that the weights can do. The top of benchmarking/bench_infer_latency.py explains
+    each."""
+    batch_sizes: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 4, 8, 16, 32)
+    """Texts that are written at one time."""
+    length: Annotated[int, Ge(0)] = 0
+    """Tokens of each text; 0 = all that the model's context holds."""
+    repeats: Annotated[int, Ge(1)] = 5
+    """Runs of each decoding that count."""
+    warmups: Annotated[int, Ge(0)] = 1
+    """Runs before them that do not."""
+    steps: Annotated[int, Ge(0)] = 0
+    """Passes of `steps`; 0 = one for four tokens."""
+    threshold: Annotated[float, Gt(0), Le(1)] = 0.9
+    """Probability from which on `prefix`, `dual` and `blocks` take a token."""
+    agreement: Annotated[float, Gt(0), Le(1)] = 0.3
+    """Probability from which on `agreement` takes a drafted token."""
+    block_length: Annotated[int, Ge(1)] = 32
+    """Tokens of a block; a model that was trained in blocks keeps to its own."""
+    judge: str = ""
+    """Checkpoint of a next-token model that scores the texts of each decoding; empty = only speed is measured."""
+    samples: Annotated[int, Ge(1)] = 64
+    """Texts of each decoding that are scored."""
+    vocab_size: Annotated[int, Ge(3)] = 8192
+    """Ids that random weights tell apart."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of random weights and of all texts."""
+    weights: WeightsName = "raw"
+    """`raw`: the trained weights; `ema`: their running average, where the run kept one."""
+    device: str = "auto"
+    """`auto` takes CUDA where it exists, else the CPU; or a device name such as `cpu`, `cuda`, `cuda:1`, `mps`."""
+    precision: PrecisionName = "fp32"
+    """Type of weights and arithmetic; sampling itself is always in 64-bit floats."""
+
+    def __post_init__(self) -> None:
+        if not self.batch_sizes:
+            raise ValueError("batch_sizes is empty: name at least one")
 
 
 # -- evaluation

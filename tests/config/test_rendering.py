@@ -22,7 +22,11 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
     "train_packed": TrainConfig,
     "train_text": TrainConfig,
+    "train_diffusion": TrainConfig,
+    "train_dual": TrainConfig,
     "quickstart": PipelineConfig,
+    "quickstart_diffusion": PipelineConfig,
+    "quickstart_dual": PipelineConfig,
     "corpus_long": PipelineConfig,
     "tinystories": PipelineConfig,
     "train_tokenizer": COMMANDS["transformerlm-train-tokenizer"],
@@ -31,6 +35,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "infer": COMMANDS["transformerlm-infer"],
     "eval": COMMANDS["transformerlm-eval"],
     "bench_tokenizer": COMMANDS["transformerlm-bench-tokenizer"],
+    "bench_infer": COMMANDS["transformerlm-bench-infer"],
 }
 SHIPPED = sorted(SCHEMAS)
 
