@@ -13,7 +13,6 @@ import pytest
 from benchmarking.bench_infer_latency import entropy, spread
 from cli import bench_infer
 from tests.models.checkpoints import SPEC, write_checkpoint
-from transformerlm.models.files import write_model_json
 from transformerlm.models.specs import Reading
 
 TINY = [
@@ -51,20 +50,9 @@ def test_random_weights_are_read_in_every_way(capsys: pytest.CaptureFixture[str]
     assert report["settings"]["benchmark"]["vocab_size"] == 40 and report["quality"] == []
 
 
-def write(path: Path, reading: Reading) -> Path:
-    """A checkpoint that says of itself that it was trained for `reading`."""
-    from tests.models.checkpoints import tokenizer
-    from trainkit.artifacts import MANIFEST, publish_directory
-
-    source = write_checkpoint(path / "source", 1)
-    with publish_directory(path / "run" / "checkpoints" / "step-00000001") as directory:
-        for file in source.rglob("*"):
-            if file.is_file() and file.name != MANIFEST:
-                target = directory / file.relative_to(source)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(file.read_bytes())
-        write_model_json(directory, SPEC, vocab_size=tokenizer().vocab_size, reading=reading)
-    return path / "run"
+def write(run: Path, reading: Reading) -> Path:
+    write_checkpoint(run, 1, reading=reading)
+    return run
 
 
 def test_a_checkpoint_and_its_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from trainkit.artifacts import publish_directory
 from transformerlm.models.build import create_model
 from transformerlm.models.files import write_model_json
-from transformerlm.models.specs import TransformerSpec
+from transformerlm.models.specs import AUTOREGRESSIVE, Reading, TransformerSpec
 from transformerlm.models.transformer import Transformer
 from transformerlm.tokenizer.specs import TokenizerTrainingSpec
 from transformerlm.tokenizer.tokenizer import Tokenizer
@@ -41,14 +41,22 @@ def model(seed: int = 0) -> Transformer:
     return result.eval()
 
 
-def write_checkpoint(run: Path, step: int, *, best: int = 0, ema: bool = False, vocab_size: int = 0) -> Path:
+def write_checkpoint(
+    run: Path,
+    step: int,
+    *,
+    best: int = 0,
+    ema: bool = False,
+    vocab_size: int = 0,
+    reading: Reading = AUTOREGRESSIVE,
+) -> Path:
     """`run/checkpoints/step-…` of `model(step)`; its average, if any, is `model(step + 1000)`."""
     path = run / "checkpoints" / f"step-{step:08d}"
     with publish_directory(path) as directory:
         _write_weights(directory / "model.safetensors", model(step))
         if ema:
             _write_weights(directory / "ema.safetensors", model(step + 1000))
-        write_model_json(directory, SPEC, vocab_size=vocab_size or tokenizer().vocab_size)
+        write_model_json(directory, SPEC, vocab_size=vocab_size or tokenizer().vocab_size, reading=reading)
         tokenizer().save(directory / "tokenizer")
         trainer: dict[str, Any] = {"step": step, "best": {"step": best, "value": 1.0} if best else {}}
         (directory / "trainer.json").write_text(json.dumps(trainer))
