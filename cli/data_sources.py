@@ -22,6 +22,7 @@ from trainkit.data.streams import PackedSource, RowsSource
 from trainkit.data.windows import MegatronSource
 from trainkit.errors import UserError
 from trainkit.loop import DataState, Source
+from trainkit.ramps import units_before
 from trainkit.task import Batch
 from transformerlm.tokenizer.tokenizer import Tokenizer
 
@@ -109,7 +110,7 @@ def _open_token_files(config: TrainConfig, data: MegatronDataSpec, tokenizer: To
         data.blend_weights,
         context_length=config.model.context_length,
         seed=config.run.seed,
-        num_samples=config.training.max_steps * _samples_per_step(config),
+        num_samples=units_before(config.training, config.training.max_steps) // config.model.context_length,
     )
 
     def source(rank: int, world_size: int, prepare: Prepare) -> Source:

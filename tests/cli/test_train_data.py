@@ -72,6 +72,15 @@ def test_a_stopped_run_goes_on_in_any_order(tmp_path: Path, files: Path, order: 
     assert list((tmp_path / "parts" / "r").glob("metrics.attempt-*"))  # steps 3 and 4 were trained twice
 
 
+@pytest.mark.parametrize("names", [["a"], ["a", "b"]])
+def test_the_order_of_megatron_lasts_for_steps_that_grow(tmp_path: Path, files: Path, names: list[str]) -> None:
+    """It has an end, which lies behind the last step however many samples that one takes."""
+    data = one(files) if len(names) == 1 else blend(files, *names)
+    growing = ["data.order=megatron", "training.batch_size_factors=[[1, 2], [3, 5]]"]
+    assert run(tmp_path, files, *growing, *([data] if isinstance(data, str) else data)) == 0
+    assert len(losses(tmp_path)) == 4
+
+
 def test_orders_and_blends_differ(tmp_path: Path, files: Path) -> None:
     found = []
     for number, more in enumerate(([one(files)], [one(files), "data.order=megatron"], blend(files, "a", "b"))):
