@@ -49,10 +49,13 @@ class Beginning:
 
 def choose_beginning(store: CheckpointStore) -> Beginning:
     """Find and verify it; the first rank calls this. Raises `UserError` for a place that holds no checkpoint."""
-    spec = store.spec
     own = find_newest_intact(store) or _fetched(store)
-    if own is not None:
-        return Beginning("own", own)
+    return Beginning("own", own) if own is not None else first_beginning(store)
+
+
+def first_beginning(store: CheckpointStore) -> Beginning:
+    """Where a run begins that has no checkpoint of its own yet."""
+    spec = store.spec
     if spec.resume_from:
         return Beginning("other run", resolve_checkpoint(spec.resume_from, store.report))
     if spec.init_from:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,7 +43,7 @@ from trainkit.replicas import Replica, bits_of_tree, check_bits_of_tree, check_d
 from trainkit.schedules import learning_rate_factor
 from trainkit.skips import Skips
 from trainkit.specs import DistributedSpec, OptimizerSpec, ScheduleSpec, TrainingSpec
-from trainkit.step import accumulate_gradients
+from trainkit.step import StepSums, accumulate_gradients
 from trainkit.task import Batch, RunFacts, Task
 from trainkit.watchdog import Watchdog
 
@@ -79,6 +79,12 @@ Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 """Called on all ranks with the plain model (averaged weights inside, where kept) and the step."""
 
 
+Inspect = Callable[[int, Sequence[Batch], StepSums, Callable[[Tensor], Tensor]], None]
+"""Called on all ranks in each step, between its gradient and its update, while `.grad` holds the step's sum: with the
+number of the step (from 1), this rank's micro-batches and sums, and what undoes the loss scale of `fp16` (a norm or a
+gradient in, the same of the loss itself out)."""
+
+
 @dataclass(frozen=True)
 class Run:
     """All that the loop needs, composed by the caller."""
@@ -102,6 +108,8 @@ class Run:
     """Polled once a step, on every rank; when any says so, all save and stop."""
     watchdog: Watchdog = field(default_factory=Watchdog)
     """Told what the loop is doing."""
+    inspect: Inspect | None = None
+    """Sees every gradient; changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -290,6 +298,8 @@ def _take_step(run: Run, state: _State, micro_batches: list[Batch]) -> None:
         autocast=_autocast(run),
         scale=state.scaler.scale,
     )
+    if run.inspect is not None:
+        run.inspect(state.step + 1, micro_batches, sums, state.scaler.unscale)
     with nvtx.range("optimizer"):
         model = state.replica.module
         norm, skip = clip_and_update(state.optimizer, model, clip=training.gradient_clip, scale=state.scaler)
