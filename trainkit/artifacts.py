@@ -203,6 +203,12 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def set_damaged_aside(path: Path) -> None:
+    """Make room at `path`, where something unusable of ours may stand; `remove_leftovers` deletes it."""
+    if path.exists():
+        path.rename(path.with_name(f".{path.name}{TEMPORARY_MARK}{secrets.token_hex(4)}"))
+
+
 def remove_leftovers(parent: Path) -> None:
     """Delete temporary entries that a killed process left in `parent`. Only for a parent that has one writer.
 

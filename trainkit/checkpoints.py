@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 from trainkit import artifacts
 from trainkit.artifacts import (
-    TEMPORARY_MARK,
     explain_failed_writes,
     is_sealed,
     publish_directory,
     remove_leftovers,
+    set_damaged_aside,
     verify_directory,
 )
 from trainkit.errors import UserError
@@ -154,7 +154,7 @@ def save_checkpoint(store: CheckpointStore, snapshot: Snapshot) -> Path:
     path = store.root / f"step-{step:08d}"
     if path.exists() and not is_sealed(path, kind="checkpoint"):
         # Damaged, and passed over when the run resumed: by its name it is ours, so it may go.
-        path.rename(path.with_name(f".{path.name}{TEMPORARY_MARK}damaged"))
+        set_damaged_aside(path)
     with publish_directory(path, replace=True, extra={"kind": "checkpoint", "step": step}) as directory:
         _write_tensors(directory / _MODEL, snapshot.model)
         if snapshot.average:

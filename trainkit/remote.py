@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from trainkit.artifacts import (
     fsync_directory,
     make_directory,
     read_manifest,
+    set_damaged_aside,
     verify_directory,
 )
 from trainkit.checkpoints import checkpoint_step, list_checkpoints
@@ -28,8 +31,8 @@ from trainkit.retention import steps_to_keep
 from trainkit.specs import CheckpointSpec
 
 RETRY_SECONDS = 60.0
-LAST_ATTEMPTS = 3
-LAST_PAUSE = 2.0
+LAST_PAUSES = (2.0, 4.0, 8.0, 16.0, 32.0)
+"""Seconds between the attempts of a run that is ending."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +131,18 @@ def _fetch(remote: Remote, step: int, root: Path) -> Path:
     path = root / f"step-{step:08d}"
     temporary = root / f".{path.name}{TEMPORARY_MARK}{secrets.token_hex(4)}"
     make_directory(temporary)
-    (temporary / MANIFEST).write_bytes(remote.files.cat_file(f"{remote.path(step)}/{MANIFEST}"))
-    for name in read_manifest(temporary)["files"]:
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise UserError(f"its manifest names {name}")
-        make_directory((temporary / name).parent)
-        remote.files.get_file(f"{remote.path(step)}/{name}", str(temporary / name))
-    verify_directory(temporary)
-    temporary.rename(path)
+    try:
+        (temporary / MANIFEST).write_bytes(remote.files.cat_file(f"{remote.path(step)}/{MANIFEST}"))
+        for name in read_manifest(temporary)["files"]:
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise UserError(f"its manifest names {name}")
+            make_directory((temporary / name).parent)
+            remote.files.get_file(f"{remote.path(step)}/{name}", str(temporary / name))
+        verify_directory(temporary)
+        set_damaged_aside(path)  # whatever stands there was not intact, or nobody would fetch
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     fsync_directory(root)
     return path
 
@@ -179,10 +186,11 @@ class Mirror:
             self._woken.clear()
             if not self._is_closing:
                 is_behind = not self._round("it is tried again")
-        for attempt in range(LAST_ATTEMPTS):
-            if self._round("the local one is whole"):
+        for pause in LAST_PAUSES:
+            if self._round("it is tried again"):
                 return
-            threading.Event().wait(LAST_PAUSE * 2**attempt)
+            time.sleep(pause)
+        self._round("the local one is whole")
 
     def _round(self, outlook: str) -> bool:
         try:

@@ -31,7 +31,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[str]:
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_module, "LAST_PAUSE", 0.01)
+    monkeypatch.setattr(remote_module, "LAST_PAUSES", (0.01, 0.01))
     monkeypatch.setattr(remote_module, "RETRY_SECONDS", 0.01)
 
 
@@ -89,7 +89,16 @@ def test_damage_there_is_named_and_passed_over(tmp_path: Path, url: str) -> None
     assert len(problems) == 2 and "model.safetensors" in problems[0] and "step-00000003" in problems[1]
     shutil.rmtree(place.root)
     assert choose_beginning(place).path.name == "step-00000001"
-    assert not [entry for entry in place.root.iterdir() if "tmp-" in entry.name and entry.name < "."]
+    assert [entry.name for entry in place.root.iterdir()] == ["step-00000001"]
+
+
+def test_a_damaged_checkpoint_here_gives_way_to_the_intact_one_there(tmp_path: Path, url: str) -> None:
+    place, remote = store(tmp_path / "near", url), open_remote(url)
+    path = save_checkpoint(place, state(1))
+    mirror(remote, place.root, place.spec)
+    wanted = content(path)
+    (path / "model.safetensors").write_bytes(b"damage")
+    assert choose_beginning(place).path == path and content(path) == wanted
 
 
 @pytest.mark.parametrize("after", range(4))
