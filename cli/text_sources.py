@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainkit.data.document_sets import ShardedDocuments
 from trainkit.data.documents import SUFFIXES, open_local_documents
 from trainkit.data.specs import StreamDataSpec
 from trainkit.data.splits import Documents, Split, cut, first, iterate, joined, only
@@ -83,6 +84,20 @@ def _open(spec: StreamDataSpec, split: str, revision: str, limit: int) -> Docume
     if is_local(spec.dataset_name):
         local = _open_local(spec, _local_paths(Path(spec.dataset_name).expanduser(), split, spec))
         return first(local, limit) if limit else local
+    if not spec.max_document_characters:
+        return _open_hub(spec, split, revision, limit)
+    if not spec.streaming:
+        raise UserError(
+            f'data.max_document_characters cuts documents while they are streamed: "{spec.dataset_name}" needs '
+            "data.streaming = true (data.cache_dir keeps what was read), or leave its documents whole with 0"
+        )
+    documents = _open_hub(spec, split, revision, limit=0)
+    assert isinstance(documents, ShardedDocuments)
+    pieces = cut(documents, spec.max_document_characters)
+    return first(pieces, limit) if limit else pieces
+
+
+def _open_hub(spec: StreamDataSpec, split: str, revision: str, limit: int) -> Documents:
     from trainkit.data.hub import open_hub_documents
 
     return open_hub_documents(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trainkit.data.document_sets import ShardedDocuments
 from trainkit.data.documents import open_local_documents
 from trainkit.data.specs import PackedDataSpec
 from trainkit.data.splits import iterate, pieces
+from trainkit.errors import UserError
 from trainkit.interrupts import Interrupts
 from transformerlm.corpus.stories import sample
 
@@ -202,6 +204,20 @@ def test_a_share_is_held_out_of_pieces(place: Path) -> None:
     held_out = [text for split in ("val", "test") for text in held_out_texts(spec, split, "") or []]
     assert sorted(train_texts + held_out) == sorted(pieces(book, 300))
     assert train_texts and held_out and not set(train_texts) & set(held_out)
+
+
+@pytest.mark.parametrize("variant", ["full", "small"])
+def test_documents_of_the_hub_are_cut_too(place: Path, monkeypatch: pytest.MonkeyPatch, variant: Any) -> None:
+    Path("book.txt").write_text(book := "\n\n".join(sample(2, index) for index in range(40)))
+    monkeypatch.setattr(hub, "open_hub_documents", lambda *arguments, **options: open_local_documents("book.txt"))
+    spec = PackedDataSpec(
+        dataset_name="some/book", max_document_characters=300, dataset_variant=variant, small_train_samples=5
+    )
+    expected = list(pieces(book, 300))
+    found = list(iterate(training_documents(spec, "commit")))
+    assert found == (expected[:5] if variant == "small" else expected) and len(expected) > 5
+    with pytest.raises(UserError, match=r"some/book.* needs data\.streaming = true"):
+        training_documents(replace(spec, streaming=False), "commit")
 
 
 def test_a_run_keeps_the_revision_it_began_with(
