@@ -4,7 +4,7 @@
 #
 #   RUN_CONFIG      profile in config/resources (runpod_2b)
 #   RUN_SHARD       1 = shard RUN_DATASET first (0)
-#   RUN_DATASET     data set of the hub (HuggingFaceFW/fineweb), RUN_DATASET_CONFIG its configuration (sample-10BT)
+#   RUN_DATASET     data set of the hub (HuggingFaceFW/fineweb), RUN_DATASET_CONFIG its configuration (fineweb's sample-10BT)
 #   RUN_EXPERIMENT  folder of the shards (fineweb)
 #   CLOUD_ROOT      the volume (/workspace)
 #
@@ -26,8 +26,10 @@ mkdir -p "$cloud_root"/{datasets,artifacts/tokenizer,runs,hf_cache}
 case ${RUN_SHARD:-0} in
     0) ;;
     1)
-        in_environment python scripts/shard_dataset.py --dataset "${RUN_DATASET:-HuggingFaceFW/fineweb}" \
-            --config "${RUN_DATASET_CONFIG:-sample-10BT}" --experiment "$experiment" --root "$cloud_root/datasets"
+        dataset=${RUN_DATASET:-HuggingFaceFW/fineweb} config=${RUN_DATASET_CONFIG:-}
+        [[ $dataset != HuggingFaceFW/fineweb ]] || config=${config:-sample-10BT}
+        in_environment python scripts/shard_dataset.py --dataset "$dataset" ${config:+--config "$config"} \
+            --experiment "$experiment" --root "$cloud_root/datasets"
         ;;
     *) usage "RUN_SHARD is ${RUN_SHARD}; it must be 0 or 1" ;;
 esac

@@ -66,7 +66,7 @@ packages() {
 install_uv() {
     has uv && return
     say "installing uv"
-    pip_install uv || curl -LsSf https://astral.sh/uv/install.sh | sh >&2
+    pip_install uv || curl -LsSf https://astral.sh/uv/install.sh | sh >&2 || true
     has uv || { say "uv could not be installed; see https://docs.astral.sh/uv" && exit 1; }
 }
 

@@ -142,7 +142,7 @@ recipe_fetch() {
     any_file=${any_file:-${1:-}}
     [[ -n $any_file ]] || usage "name a file or folder below $REMOTE_ROOT: just fetch any_file=runs/simplestories"
     local path=${any_file%/}
-    if has rsync && remote sh -c 'command -v rsync' >/dev/null; then
+    if rsync_is_there; then
         copy -a --partial "$PRIME_HOST:$REMOTE_ROOT/$path" .
     else
         remote tar -C "$REMOTE_ROOT/$(dirname "$path")" -cf - -- "$(basename "$path")" | tar -xf -
@@ -231,6 +231,11 @@ read_hosts() {
     [[ ${#HOSTS[@]} -gt 0 ]] || usage "$hosts names no host"
 }
 
+# On both sides. A dry run shows the usual case.
+rsync_is_there() {
+    [[ -n ${DRY_RUN:-} ]] || { has rsync && remote sh -c 'command -v rsync' >/dev/null; }
+}
+
 # copy RSYNC_ARGUMENT…
 copy() {
     local shell='' word quote="'" protect=()
@@ -257,7 +262,7 @@ send_code() {
                 [[ ! -e $file && ! -L $file ]] || printf '%s\0' "$file"
             done >"$list"
     ) || die "the files to send are what git lists, and $ROOT is no git checkout; set REPO_URL"
-    if has rsync && remote sh -c 'command -v rsync' >/dev/null; then
+    if rsync_is_there; then
         copy -az --from0 --files-from "$list" "$ROOT/" "$PRIME_HOST:$REMOTE_ROOT/"
     else
         tar -C "$ROOT" --null -T "$list" -czf - | remote_reading /dev/stdin tar -C "$REMOTE_ROOT" -xzf -

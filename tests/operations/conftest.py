@@ -51,9 +51,6 @@ threads = 1
 [schedule]
 warmup_steps = 2
 
-[evaluation]
-batch_tokens = 256
-
 [logging]
 plots = false
 
