@@ -112,7 +112,8 @@ def _prune(remote: Remote, root: Path, spec: CheckpointSpec) -> None:
     except (IndexError, FileNotFoundError):  # meanwhile deleted here, because there is a newer one: its turn will come
         return
     newest, best = checkpoint_step(local[-1]), trainer.get("best", {}).get("step")
-    for step in set(there) - steps_to_keep(spec, there, newest=newest, best=best):
+    kept = steps_to_keep(spec, there, newest=newest, best=best) | {checkpoint_step(path) for path in local}
+    for step in set(there) - kept:
         _delete(remote, remote.path(step))
 
 

@@ -23,16 +23,24 @@ def steps_to_keep(spec: CheckpointSpec, steps: Collection[int], *, newest: int, 
 def apply_retention(root: Path, spec: CheckpointSpec, steps: Collection[int], *, newest: int, best: int | None) -> None:
     """Point the links to the newest and the best step, and delete what is not kept."""
     _link(root, "latest", newest)
-    if best in steps:
+    if best is not None and best in steps:
         _link(root, "best", best)
+    else:  # it could not be written: the one that was the best before it stays
+        best = _linked(root, "best")
     _delete(root, set(steps) - steps_to_keep(spec, steps, newest=newest, best=best))
 
 
-def _link(root: Path, name: str, step: int | None) -> None:
+def _link(root: Path, name: str, step: int) -> None:
     temporary = root / f".{name}{TEMPORARY_MARK}link"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(f"step-{step:08d}")
     temporary.replace(root / name)
+
+
+def _linked(root: Path, name: str) -> int | None:
+    link = root / name
+    digits = link.readlink().name.removeprefix("step-") if link.is_symlink() else ""
+    return int(digits) if digits.isdigit() else None
 
 
 def _delete(root: Path, steps: Iterable[int]) -> None:

@@ -69,6 +69,16 @@ def test_retention_keeps_the_newest_the_best_and_every_nth(tmp_path: Path) -> No
     assert not list(tmp_path.glob(".*"))
 
 
+def test_the_best_stays_when_a_better_one_could_not_be_written(tmp_path: Path) -> None:
+    place = store(tmp_path, keep_last=1)
+    save_checkpoint(place, snapshot(1, best=1))
+    for step in (3, 4):  # step 2 was better, and the disk was full
+        save_checkpoint(place, snapshot(step, best=2))
+        assert [int(p.name[5:]) for p in list_checkpoints(tmp_path)] == [1, step]
+    save_checkpoint(place, snapshot(5, best=5))
+    assert [int(p.name[5:]) for p in list_checkpoints(tmp_path)] == [5]
+
+
 def test_the_newest_intact_one_is_found_past_damage(tmp_path: Path) -> None:
     messages: list[str] = []
     place = store(tmp_path, messages, keep_last=5)
