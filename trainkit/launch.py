@@ -137,9 +137,16 @@ def _result(ranks: list[_Rank]) -> Any:
         raise UserError(*refusals[0])
     failed = [rank for rank in ranks if rank.exit_code]
     if failed:
-        # When one is ended by a signal, the errors of the others are only that it does not answer.
-        raise _failure(min(failed, key=lambda rank: rank.exit_code or 0), len(ranks))
+        raise _failure(_cause(failed), len(ranks))
     return ranks[0].said[1]
+
+
+def _cause(failed: list[_Rank]) -> _Rank:
+    """The rank that ended the others: by a signal, or with a code that means something (of the watchdog, of Ctrl-C).
+
+    A plain failure is often only that another rank does not answer.
+    """
+    return min(failed, key=lambda rank: (rank.exit_code == EXIT_FAILURE, rank.exit_code or 0))
 
 
 def _failure(rank: _Rank, size: int) -> BaseException:

@@ -10,12 +10,13 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from trainkit.errors import EXIT_REQUEUE, UserError
-from trainkit.launch import launch, processes_to_start
+from trainkit.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_WATCHDOG, UserError
+from trainkit.launch import _cause, _Rank, launch, processes_to_start
 from trainkit.specs import DistributedSpec
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +91,14 @@ def test_ranks_leave_when_the_command_is_killed(tmp_path: Path) -> None:
         command.kill()
         command.communicate()
     wait_until_gone(ranks)
+
+
+@pytest.mark.parametrize(
+    ("codes", "cause"), [((1, -9), 1), ((1, EXIT_WATCHDOG), 1), ((EXIT_INTERRUPTED, 1), 0), ((1, 1), 0)]
+)
+def test_the_cause_is_not_the_rank_that_only_noticed(codes: tuple[int, int], cause: int) -> None:
+    ranks = [_Rank(number, Any, Any, exit_code=code) for number, code in enumerate(codes)]
+    assert _cause(ranks) == ranks[cause]
 
 
 def refuse(exit_code: int) -> None:
