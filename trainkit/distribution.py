@@ -22,6 +22,10 @@ from trainkit.tree import tree_sum
 
 T = TypeVar("T")
 
+_COLLECTIVE_TIMEOUT = timedelta(days=1)
+"""Longer than anything that ranks wait for (the first one fetches a checkpoint, samples, makes a tokenizer): how long a
+phase may take is for `trainkit.watchdog` to decide, which knows the phase."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -49,9 +53,9 @@ def open_world(training: TrainingSpec) -> Generator[World]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_COLLECTIVE_TIMEOUT)
     try:
-        control_group = dist.new_group(backend="gloo")
+        control_group = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
         assert isinstance(control_group, dist.ProcessGroup)
         yield World(dist.get_rank(), size, device, control_group)
     finally:
