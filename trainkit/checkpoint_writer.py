@@ -21,8 +21,8 @@ from trainkit.remote import Mirror, open_remote
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0
 """Seconds before a failed save is tried again: doubled each time, up to the second."""
-LAST_ATTEMPTS = 3
-"""How often to try when the run is ending and only this state is left to write."""
+LAST_ATTEMPTS = 6
+"""How often to try when the run is ending and only this state is left to write; the pauses double here, too."""
 
 
 class CheckpointWriter:
@@ -129,11 +129,11 @@ class CheckpointWriter:
 
     def _write_last(self, snapshot: Snapshot) -> None:
         """The run is ending, and no newer state will come."""
-        for _ in range(LAST_ATTEMPTS):
+        for number in range(LAST_ATTEMPTS):
+            time.sleep(FIRST_PAUSE * 2**number)
             self._lost = self._attempt(snapshot)
             if self._lost is None:
                 return
-            time.sleep(FIRST_PAUSE)
 
     def _attempt(self, snapshot: Snapshot) -> str | None:
         """What went wrong; `None` when the checkpoint is there."""
