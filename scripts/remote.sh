@@ -94,11 +94,12 @@ recipe_sweep() {
 # One rank list over several hosts. The first line names the host where the ranks meet: an address that the others reach
 # may stand behind it.
 recipe_launch() {
-    local nodes=0 rank=0 meeting='' host address
+    local nodes=0 rank=0 meeting='' host address arguments
     read_hosts
     nodes=${#HOSTS[@]}
     [[ $nodes -gt 1 ]] || usage "$hosts names one host: use just train"
     training_words "$@"
+    arguments=("${WORDS[@]}")
     for rank in $(seq 0 $((nodes - 1))); do
         host=${HOSTS[$rank]} address=${ADDRESSES[$rank]}
         [[ $rank != 0 ]] || meeting=${address:-${host##*@}}:${RENDEZVOUS_PORT:-29500}
@@ -106,7 +107,7 @@ recipe_launch() {
         connect
         [[ $(in_checkout_state) == running ]] || send_code
         say "$host: node $rank of $nodes, meeting at $meeting"
-        start_training --nodes "$nodes" --node-rank "$rank" --rendezvous "$meeting" -- "${WORDS[@]}"
+        start_training --nodes "$nodes" --node-rank "$rank" --rendezvous "$meeting" -- "${arguments[@]}"
     done
 }
 

@@ -57,7 +57,7 @@ main() {
 train() {
     local command=(python -m cli.train)
     if [[ $nodes != 1 ]]; then
-        command=(torchrun --nnodes "$nodes" --node-rank "$node_rank" --nproc-per-node "$(count_gpus)"
+        command=(torchrun --nnodes "$nodes" --nproc-per-node "$(count_gpus)"
             --rdzv-backend c10d --rdzv-endpoint "$rendezvous" --rdzv-id "$SESSION"
             --rdzv-conf "is_host=$([[ $node_rank == 0 ]] && echo 1 || echo 0)" -m cli.train)
     fi

@@ -69,7 +69,7 @@ class Laptop:
     def just(self, *words: str, check: bool = True, cwd: Path | None = None, **variables: str) -> str:
         """What a recipe prints, standard error included."""
         done = subprocess.run(
-            ["just", *words],
+            ["just", "--justfile", str(self.root / "Justfile"), *words],
             cwd=cwd or self.root,
             env={**self.variables, **variables},
             stdin=subprocess.DEVNULL,

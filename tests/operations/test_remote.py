@@ -32,6 +32,16 @@ def wait_until(true: Callable[[], bool], what: str) -> None:
         time.sleep(0.3)
 
 
+def wait_for(host: Host, run: str, state: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        ended = on_tmux(host, "list-panes", "-a", "-F", "#{pane_dead}").strip() == "1"
+        if status(host, run).get("status") == state:
+            return
+        assert not ended and time.monotonic() < deadline, on_tmux(host, "capture-pane", "-p", "-S", "-200")
+        time.sleep(0.3)
+
+
 def status(host: Host, run: str) -> dict[str, object]:
     try:
         return json.loads((host.root / "runs" / run / "status.json").read_text())
@@ -112,7 +122,7 @@ def test_everything_at_once_to_the_end(laptop: Laptop, hosts: list[Host]) -> Non
     host = hosts[0]
     with watching_processes() as seen:
         said = laptop.just("auto-train", "config=tiny.toml")
-        wait_until(lambda: status(host, "tiny").get("status") == "finished", "the end of the run")
+        wait_for(host, "tiny", "finished")
     assert "train_session.sh" in "".join(seen), "the watch has seen the training"
     assert not [line for line in seen if KEY in line]
     assert KEY not in said
@@ -149,6 +159,8 @@ def test_a_run_outlives_its_connection_and_goes_on_here(laptop: Laptop, hosts: l
     laptop.just("bootstrap-remote")
     laptop.just("data-remote")
     laptop.just("sync-env")
+    for _ in range(2):
+        laptop.just("build-remote")
     laptop.just("train", "config=long.toml")
     with attached(laptop) as (terminal, process):
         read_until(terminal, b"tokens/s")
@@ -231,7 +243,7 @@ def test_a_sweep_runs_line_by_line(laptop: Laptop, hosts: list[Host]) -> None:
         "run.name=named optimizer.learning_rate=1e-3"
     )
     laptop.just("sweep", "overrides=sweep.txt", "config=tiny.toml", "extra=training.max_steps=6", WANDB_MODE="offline")
-    wait_until(lambda: status(host, "named").get("status") == "finished", "the last run of the sweep")
+    wait_for(host, "named", "finished")
     first = next((host.root / "runs").glob("learning_rate-3e-4*"))
     assert status(host, first.name)["status"] == "finished" and status(host, first.name)["step"] == 6
     assert json.loads((first / "config.json").read_text())["inference"]["prompts"] == ["its a"]
@@ -251,7 +263,7 @@ def test_two_hosts_train_one_model(laptop: Laptop, hosts: list[Host]) -> None:
         RENDEZVOUS_PORT=str(free_port()),
     )
     assert "node 1 of 2" in said
-    wait_until(lambda: status(hosts[0], "together").get("status") == "finished", "the end of the run")
+    wait_for(hosts[0], "together", "finished")
     environment = json.loads((hosts[0].root / "runs" / "together" / "environment.json").read_text())
     assert environment["variables"]["WORLD_SIZE"] == "2"
     laptop.just("each", "hosts=hosts.txt", "kill-train")
