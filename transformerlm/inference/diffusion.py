@@ -220,7 +220,8 @@ def _step(number: int, is_open: Tensor, chosen: Tensor, tokens: Tensor, log_prob
     """Fetch what was drawn, in one piece, and write it into the host's `text`."""
     confidences = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1).exp()
     drawn = torch.stack([chosen.double(), tokens.double(), confidences]).cpu()
-    rows, columns = (index[drawn[0] > 0] for index in is_open.nonzero(as_tuple=True))
-    tokens, confidences = drawn[1, drawn[0] > 0].long(), drawn[2, drawn[0] > 0]
+    is_chosen = drawn[0] > 0
+    rows, columns = is_open.nonzero()[is_chosen].unbind(dim=1)
+    tokens, confidences = drawn[1, is_chosen].long(), drawn[2, is_chosen]
     text[rows, columns] = tokens
     return Step(number, rows.tolist(), columns.tolist(), tokens.tolist(), confidences.tolist(), text)
