@@ -40,6 +40,7 @@ class Muon(torch.optim.Optimizer):
         fused: bool,
     ) -> None:
         matrix_group: dict[str, Any] = {"params": list(matrices), "name": "matrices", "weight_decay": weight_decay}
+        matrix_group["state_names"] = frozenset({"momentum"})
         other_group: dict[str, Any] = {"params": list(others), "name": "vectors", "weight_decay": 0.0}
         self.adamw = torch.optim.AdamW([other_group], lr=lr, betas=betas, eps=eps, fused=fused)
         super().__init__([matrix_group, other_group], {"lr": lr, "momentum": momentum, "fused": fused})

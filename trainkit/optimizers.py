@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainkit.errors import EXIT_USAGE, UserError
 from trainkit.fully_sharded import cut_like, local, whole
 from trainkit.muon import Muon
 from trainkit.precision import LossScale
 from trainkit.specs import AdamWSpec, MuonSpec, OptimizerSpec
+
+ADAM_STATE = frozenset({"step", "exp_avg", "exp_avg_sq"})
+"""What AdamW keeps of a parameter."""
 
 
 def build_optimizer(spec: OptimizerSpec, model: nn.Module, own: Container[str] | None = None) -> torch.optim.Optimizer:
@@ -124,14 +128,23 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, to the bit: as much of it as this optimizer updates."""
+    """Put back what `optimizer_tensors` gave, to the bit: as much of it as this optimizer updates.
+
+    Raises `UserError` for the state of another kind of optimizer.
+    """
     parameters = dict(model.named_parameters())
-    updated = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    updated = {p: group.get("state_names", ADAM_STATE) for group in optimizer.param_groups for p in group["params"]}
     for key, value in tensors.items():
         name, state_name = key.rsplit("/", 1)
         parameter = parameters[name]
         if parameter not in updated:
             continue
+        if state_name not in updated[parameter]:
+            raise UserError(
+                f"the optimizer's state of the checkpoint ({key}) is of another kind of optimizer; set optimizer.kind "
+                "as it was, or checkpoint.resume_optimizer = false",
+                EXIT_USAGE,
+            )
         # Step counters live on the CPU, whatever the device, unless the kernel is fused on CUDA.
         on_device = value.ndim > 0 or optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
         held = cut_like(value, parameter if value.ndim else parameter.detach().new_empty(())) if on_device else value

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from trainkit.averaging import averaged_weights, start_average, update_average
+from trainkit.errors import UserError
 from trainkit.muon import orthogonalize
 from trainkit.optimizers import (
     build_optimizer,
@@ -113,6 +114,15 @@ def test_state_by_name_continues_to_the_bit(spec: OptimizerSpec) -> None:
     train(resumed, again, 4)
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name])
+
+
+@pytest.mark.parametrize(("before", "now"), [(AdamWSpec(), MuonSpec()), (MuonSpec(), AdamWSpec())])
+def test_the_state_of_another_kind_of_optimizer_is_refused(before: OptimizerSpec, now: OptimizerSpec) -> None:
+    model = Small()
+    optimizer = build_optimizer(before, model)
+    train(model, optimizer, 1)
+    with pytest.raises(UserError, match=r"another kind of optimizer; .* checkpoint\.resume_optimizer = false"):
+        load_optimizer_tensors(build_optimizer(now, model), model, optimizer_tensors(optimizer, model))
 
 
 def test_average_is_the_recursion_and_swaps_back_to_the_bit() -> None:
