@@ -57,10 +57,10 @@ lint-shell:
 test *args:
     uv run pytest "$@"
 
-# Kill training 200 times, anywhere, and compare every bit with the undisturbed run (about 10 minutes)
+# Kill training 200 times, anywhere, and compare every bit with the undisturbed run; one SHA on eight ranks (about 10 minutes)
 [group('develop')]
 torture:
-    uv run pytest tests/faults -m torture -s
+    uv run pytest -m torture -s
 
 # The loop against a hand-written one
 [group('develop')]

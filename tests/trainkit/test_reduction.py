@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,14 +126,16 @@ class Uneven:
         return {**batch, "valid": batch["valid"] & (sample % 5 != 3) & (sample // LEAF != 4)}
 
 
-def run_case(world: World, folder: Path, case: str, *, model: nn.Module | None = None, **changes: Any) -> Any:
+def run_case(
+    world: World, folder: Path, case: str, *, model: nn.Module | None = None, leaf: int = LEAF, **changes: Any
+) -> Any:
     """A short run in tree mode; returns its result, its records and the SHA-256 of its tensors."""
     optimizer, precision = CASES[case]
     log = ListLog()
     training = {
         "max_steps": 6,
         "total_batch_size": SAMPLES,
-        "device_batch_size": LEAF,
+        "device_batch_size": leaf,
         "threads": 1,
         "log_every": 2,
         "save_every": 0,
@@ -146,7 +148,7 @@ def run_case(world: World, folder: Path, case: str, *, model: nn.Module | None =
         log,
         world=world,
         training=training,
-        source=Uneven(ToySource(world, samples=SAMPLES, micro=LEAF)),
+        source=Uneven(ToySource(world, samples=SAMPLES, micro=leaf)),
         optimizer=optimizer,
         distributed=DistributedSpec(reduction="tree", strategy=changes.pop("strategy", "replicate")),
         **({"model": model} if model else {}),
@@ -213,6 +215,8 @@ def all_runs(world: World, folder: Path) -> dict[str, Any]:
         found[f"{case} zero1"] = run_case(world, folder / f"{case}-zero1", case, strategy="zero1")
     found["skip"] = run_case(world, folder / "skip", "adamw", task=Poisoned(ONE_BAD))
     found["skip muon"] = run_case(world, folder / "skip-muon", "muon", task=Poisoned(ONE_BAD))
+    training = {"batch_size_factors": ((2, 2), (4, 3)), "save_every": 3}
+    found["growing"] = run_case(world, folder / "growing", "adamw", training=training)
     training = {"max_skipped_steps": 3, "save_every": 1}
     found["stop"] = run_case(world, folder / "stop", "adamw", task=Poisoned(*MANY_BAD), training=training)
     return found
@@ -240,7 +244,7 @@ def test_two_ranks_compute_the_bits_of_one(one_rank: dict[str, Any], two_ranks: 
         assert (status, step) == (status_0, step_0) == (status_1, step_1), name
         assert log.records == log_0.records == log_1.records, name
         assert digest == digest_0 and digest, name
-    assert len({digest for _, _, _, digest in exact.values()}) == 7  # zero1 equals replicate, and nothing else
+    assert len({digest for _, _, _, digest in exact.values()}) == 8  # zero1 equals replicate, and nothing else
 
 
 def test_fsdp_equals_one_rank_to_rounding(one_rank: dict[str, Any], two_ranks: list[dict[str, Any]]) -> None:
@@ -301,30 +305,34 @@ def large_model() -> nn.Module:
     return model
 
 
-def large_runs(world: World, folder: Path, cases: tuple[str, ...], chain: Path | None, stop: int) -> dict[str, Any]:
+def large_runs(world: World, folder: Path, cases: tuple[str, ...], chain: Path, stop: int) -> dict[str, Any]:
     found = {case: run_case(world, folder / case, case, model=large_model())[3] for case in cases}
-    if chain is not None:
-        for case in cases:
-            stops = stop_after(stop) if stop else (lambda: False)
-            run_case(world, chain / case, case, model=large_model(), resume=True, stop_requested=stops)
+    for case in cases:
+        stops = stop_after(stop) if stop else (lambda: False)
+        run_case(world, chain / case, case, model=large_model(), resume=True, stop_requested=stops)
     return found
 
 
-def large_digests(ranks: int, folder: Path, *arguments: Any) -> dict[str, Any]:
+def large_runs_of_many_leaves(world: World, folder: Path, cases: tuple[str, ...]) -> dict[str, Any]:
+    """24 leaves a step: eight blocks of three."""
+    return {case: run_case(world, folder / case, case, model=large_model(), leaf=1)[3] for case in cases}
+
+
+def on_ranks(ranks: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> dict[str, Any]:
     folder.mkdir()
     if ranks == 1:
-        return large_runs(alone(), folder, *arguments)
-    return run_on_ranks(ranks, large_runs, folder, folder, *arguments)[0]
+        return function(alone(), folder, *arguments)
+    return run_on_ranks(ranks, function, folder, folder, *arguments)[0]
 
 
 @pytest.mark.slow
 def test_one_two_and_four_ranks_and_changes_among_them_give_one_sha(tmp_path: Path) -> None:
     chain, cases = tmp_path / "chain", tuple(CASES)
-    one = large_digests(1, tmp_path / "1", cases, chain, 2)  # stops after step 2
-    two = large_digests(2, tmp_path / "2", cases, chain, 1)  # resumes, agrees a step later: step 4
+    one = on_ranks(1, large_runs, tmp_path / "1", cases, chain, 2)  # stops after step 2
+    two = on_ranks(2, large_runs, tmp_path / "2", cases, chain, 1)  # resumes, agrees a step later: step 4
     assert {newest(chain / case).trainer["step"] for case in cases} == {4}
-    four = large_digests(4, tmp_path / "4", cases, chain, 1)
-    large_digests(1, tmp_path / "1-again", cases, chain, 0)
+    four = on_ranks(4, large_runs, tmp_path / "4", cases, chain, 1)
+    on_ranks(1, large_runs, tmp_path / "1-again", cases, chain, 0)
     assert one == two == four == {case: sha(chain / case) for case in cases}
     assert len(set(one.values())) == len(CASES)
 
@@ -332,7 +340,5 @@ def test_one_two_and_four_ranks_and_changes_among_them_give_one_sha(tmp_path: Pa
 @pytest.mark.torture
 def test_eight_ranks_give_the_same_sha(tmp_path: Path) -> None:
     cases = ("adamw", "muon-bf16")
-    few = dict(CASES)
-    assert set(cases) <= set(few)
-    one = large_digests(1, tmp_path / "1", cases, None, 0)
-    assert one == large_digests(8, tmp_path / "8", cases, None, 0)
+    one, eight = (on_ranks(n, large_runs_of_many_leaves, tmp_path / str(n), cases) for n in (1, 8))
+    assert one == eight and len(set(one.values())) == 2
