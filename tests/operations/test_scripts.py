@@ -10,7 +10,9 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from hypothesis import given, settings
@@ -24,16 +26,19 @@ TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 AWKWARD = st.one_of(TEXT, st.text("'\"\\ $`!*?&|;<>(){}[]#~=\n", max_size=12))
 
 
-def shell(script: str, *words: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+def shell(
+    script: str, *words: str, check: bool = True, variables: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
     """Run lines of bash after `scripts/lib.sh` was read, with the strictness of the scripts."""
-    done = subprocess.run(
+    ran = subprocess.run(
         ["bash", "-c", f"set -euo pipefail; source '{ROOT}/scripts/lib.sh'; {script}", "test", *words],
         env={**os.environ, **variables},
         capture_output=True,
-        text=True,
         check=False,
         timeout=60,
     )
+    # Decoded here, where `\r` stays what it is.
+    done = subprocess.CompletedProcess(ran.args, ran.returncode, ran.stdout.decode(), ran.stderr.decode())
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -209,10 +214,10 @@ def test_dependencies_fall_back_to_the_lock_file(tmp_path: Path) -> None:
     (project / "pyproject.toml").write_text(text.format(""))
     variables = {"UV_OFFLINE": "1", "UV_PYTHON": sys.executable, "UV_PROJECT_ENVIRONMENT": ".venv"}
     script = 'unset UV_NO_SYNC; cd "$1"; sync_dependencies'
-    shell(script, str(project), **variables)
+    shell(script, str(project), variables=variables)
     assert (project / "uv.lock").exists() and (project / ".venv").is_dir()
     (project / "pyproject.toml").write_text(text.format('"no-such-package-of-anybody==1"'))
-    done = shell(script, str(project), **variables)
+    done = shell(script, str(project), variables=variables)
     assert "lock file as it is" in done.stderr
 
 
