@@ -37,6 +37,7 @@ from trainkit import artifacts, checkpoint_writer
 from trainkit.artifacts import verify_directory
 from trainkit.checkpoints import list_checkpoints
 from trainkit.errors import UserError
+from trainkit.task import Loss
 from trainkit.watchdog import Watchdog
 
 STAGES = (
@@ -53,6 +54,8 @@ GROUPS = {
 }
 AIMS = ("step", "write", "verify", *2 * ("snapshot", "prune", "evaluate"), *3 * ("rename",))
 """Stages to aim at; more often where kills at random seldom hit."""
+BAD_SAMPLE = 22
+"""Its loss is NaN, in every run: the step that takes it must change nothing, on all ranks, killed or not."""
 TIMEOUT = 120.0
 GRACE = 2.0
 """Seconds until the other ranks of one that was killed are ended, as a launcher does."""
@@ -121,6 +124,26 @@ def instrument(marks: Marks, rank: int, aim: Aim | None, pipe: int) -> None:
     marks.put(rank, 1, "idle")
 
 
+class Poisoned:
+    """An objective whose loss is NaN where a certain sample is: on one rank, in one step."""
+
+    def __init__(self, objective: Any, sample: int) -> None:
+        self._objective, self._sample = objective, sample
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._objective, name)
+
+    def loss(self, model: Any, batch: Any, denominators: Any) -> Loss:
+        loss = self._objective.loss(model, batch, denominators)
+        factor = torch.where((batch["sample"] == self._sample).any(), torch.nan, 1.0)
+        return Loss(loss.value * factor, loss.metrics)
+
+
+def poison(sample: int) -> None:
+    build = cli.training.build_objective
+    cli.training.build_objective = lambda *arguments: Poisoned(build(*arguments), sample)
+
+
 def fork_rank(rank: int, environment: dict[str, str], output: Path, body: Callable[[], int]) -> int:
     """The process id of a child that runs `body` and exits with what it returns."""
     child = os.fork()
@@ -168,6 +191,7 @@ def attempt(config: TrainConfig, ranks: int, output: Path, aim: Aim | None) -> d
     def body(rank: int) -> int:
         torch.manual_seed(rank + os.getpid())  # nothing may depend on it
         instrument(marks, rank, aim, writer)
+        poison(BAD_SAMPLE)
         return EXIT_CODES[train_from_config(config, resume=True).status]
 
     started = time.monotonic()

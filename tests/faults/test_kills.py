@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cli import make_data, train_tokenizer
-from tests.faults.nursery import GROUPS, count_hits
+from tests.faults.nursery import BAD_SAMPLE, GROUPS, count_hits
 from trainkit.artifacts import verify_directory
 from trainkit.checkpoints import list_checkpoints, load_snapshot
 from trainkit.run_directory import read_status
@@ -37,6 +37,7 @@ SOURCES = {
         for mode in ("packed", "rows")
     },
 }
+SAMPLES_PER_STEP = 4
 PHASES = ("step", "snapshot", "write", "rename", "prune", "evaluation")
 SETTINGS = (
     'tokenizer.path="{place}/tokenizer"',
@@ -45,7 +46,7 @@ SETTINGS = (
     "model.d_model=16",
     "model.num_heads=2",
     "model.context_length=32",
-    "training.total_batch_size=128",
+    f"training.total_batch_size={SAMPLES_PER_STEP * 32}",
     "training.device_batch_size=2",
     "training.log_every=1",
     "training.eval_every=7",
@@ -123,13 +124,15 @@ def digest(run: Path) -> str:
 
 
 def check(place: Path, undisturbed: str, report: dict[str, Any], steps: int) -> Counter[str]:
-    """Every run of the report equals the undisturbed one; returns how often each stage was hit."""
+    """Every run of the report equals the undisturbed one, bad step included; returns how often each stage was hit."""
     expected = losses(place / undisturbed)
-    assert [step for name, step, _ in expected if name == "loss"] == list(range(1, steps + 1))
+    bad = 1 + BAD_SAMPLE // SAMPLES_PER_STEP
+    assert [step for name, step, _ in expected if name == "loss"] == [n for n in range(1, steps + 1) if n != bad]
     for run in report["runs"]:
         assert losses(place / run) == expected
         assert digest(place / run) == digest(place / undisturbed)
         assert read_status(place / run)["status"] == "finished"
+        assert f"step {bad} changed nothing: " in (place / run / "metrics.jsonl").read_text()
         assert not [path.name for path in (place / run / "checkpoints").iterdir() if path.name.startswith(".")]
     for attempt in report["attempts"]:
         if attempt["asked"] and attempt["asked"][0] != "start":
