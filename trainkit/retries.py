@@ -17,12 +17,13 @@ from trainkit.errors import UserError
 class TransientError(Exception):
     """Trouble that may be gone in a moment; `str(error)` says what in a few words.
 
-    `retry_after`: seconds that the other side asks to wait.
+    `retry_after`: seconds that the other side asks to wait. `is_answer`: the other side itself said this.
     """
 
-    def __init__(self, reason: str, *, retry_after: float = 0.0) -> None:
+    def __init__(self, reason: str, *, retry_after: float = 0.0, is_answer: bool = False) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
+        self.is_answer = is_answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Backoff:
     """Longest wait of all, unless the other side asks for more."""
     give_up_after: float = 1800.0
     """Time without any progress after which the trouble counts as permanent."""
+    give_up_unheard_after: float = 60.0
+    """The same while the other side has never been heard of: a network that is not there is seldom an outage."""
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     jitter: Callable[[], float] = random.random
@@ -49,6 +52,10 @@ class Trouble:
     """Named in messages, such as "data/0.parquet of 'owner/name'"."""
     backoff: Backoff
     report: Callable[[str], None]
+    advice: str = "check the network, or try again later"
+    """What to do when it does not pass."""
+    was_heard: bool = True
+    """Whether there has been an answer before."""
     _failures: int = field(default=0, init=False)
     _began: float = field(default=0.0, init=False)
 
@@ -61,10 +68,11 @@ class Trouble:
         # The upper half only: a wait of nearly nothing would be no backoff.
         wait = max(wait * (1 + self.backoff.jitter()) / 2, error.retry_after)
         self._failures += 1
-        if now - self._began + wait > self.backoff.give_up_after:
+        self.was_heard = self.was_heard or error.is_answer
+        patience = self.backoff.give_up_after if self.was_heard else self.backoff.give_up_unheard_after
+        if now - self._began + wait > patience:
             raise UserError(
-                f"cannot read {self.what}: {error}, for {_duration(now - self._began)} now; "
-                "check the network, or try again later"
+                f"cannot read {self.what}: {error}, for {_duration(now - self._began)} now; {self.advice}"
             ) from error
         self.report(f"cannot read {self.what} ({error}); trying again in {wait:.0f} s")
         self.backoff.sleep(wait)

@@ -89,7 +89,10 @@ def data_sets() -> dict[str, Dataset]:
                 "train-2.jsonl": b'{"text": "\\ud800"}\n',
                 "train-3.jsonl.gz": zipped(jsonl(HALF))[:-20],
                 "train-4.jsonl": b'{"text": "\xff"}\n',
-                "train-5.jsonl": b"",
+                "train-5.jsonl": b"7\n",
+                "train-6.jsonl": b'{"text": "fine", "id": ' + b"1" * 5000 + b"}\n",
+                "train-7.jsonl": b"[" * 100_000,
+                "train-8.jsonl": b"",
             },
             SHA,
         ),
@@ -240,11 +243,6 @@ def case_an_outage_of_five_minutes(c: Client) -> None:
         assert c.clock.now >= 300 and max(c.clock.waits) <= 30
         assert c.clock.waits[:5] == [1, 2, 4, 8, 16], c.clock.waits
         assert c.lines[-1].endswith("again after 5 minutes"), c.lines
-    # The same at the very beginning.
-    c = Client(c.hub, c.folder)
-    c.hub.down()
-    c.clock.at = [(300.0, c.hub.up)]
-    assert resolve_revision("org/jsonl", network=c.network) == SHA
 
 
 def read_with_outage(c: Client, shard: Any) -> Iterator[str]:
@@ -270,6 +268,27 @@ def case_an_outage_without_end_is_one_sentence(c: Client) -> None:
     assert 1700 < c.clock.now <= 1800
 
 
+def case_a_start_without_a_network_gives_up_after_a_minute(c: Client) -> None:
+    c.hub.down()
+    try:
+        c.open("jsonl")
+    except UserError as error:
+        assert "org/jsonl" in str(error) and "HF_DATASETS_OFFLINE" in str(error) and "cache" in str(error), error
+    else:
+        raise AssertionError
+    finally:
+        c.hub.up()
+    assert 30 <= c.clock.now <= 60, c.clock.now
+    # A hub that answers is there: it is waited for, as is one that is away for less.
+    c = Client(c.hub, c.folder)
+    c.hub.troubles[:] = [Trouble("/api/datasets/org/jsonl", "status", status=429, headers={"Retry-After": "300"})]
+    assert resolve_revision("org/jsonl", network=c.network) == SHA and c.clock.now == 300
+    c = Client(c.hub, c.folder)
+    c.hub.down()
+    c.clock.at = [(25.0, c.hub.up)]
+    assert resolve_revision("org/jsonl", network=c.network) == SHA
+
+
 def case_trouble_while_the_files_are_listed(c: Client) -> None:
     c.hub.troubles[:] = [
         Trouble("/api/datasets/org/jsonl", "status", status=503),
@@ -285,7 +304,7 @@ def case_what_is_permanent_fails_at_once(c: Client) -> None:
     c.refused("org/jsonl", "404", act=lambda: c.open("jsonl", revision="c3" * 20))
     c.refused("org/private", "401", "HF_TOKEN", act=lambda: c.open("private"))
     c.refused("org/gated", "conditions", "HF_TOKEN", act=lambda: c.open("gated"))
-    c.refused("'test'", "train", "validation", act=lambda: c.open("parquet", split="test"))
+    c.refused("'test'", "train, validation", "validation_fraction", act=lambda: c.open("parquet", split="test"))
     c.refused("'three'", "one", "two", act=lambda: c.open("two", config="three"))
     c.refused("one", "two", "dataset_config", act=lambda: c.open("two"))
     c.refused("train.csv", ".parquet", act=lambda: c.open("csv"))
@@ -303,13 +322,46 @@ def case_bad_rows_are_named(c: Client) -> None:
     shards = c.open("bad").shards
     for shard, words in zip(
         shards,
-        (["row 5", "train-0.jsonl", "nothing"], ["row 1", "JSON"], ["row 0", "surrogate"], ["gzip"], ["UTF-8"]),
+        (
+            ["row 5", "train-0.jsonl", "nothing"],
+            ["row 1", "JSON"],
+            ["row 0", "surrogate"],
+            ["gzip"],
+            ["UTF-8"],
+            ["row 0", "no column 'text'"],
+            ["row 0", "JSON"],
+            ["row 0", "JSON"],
+        ),
         strict=False,
     ):
         c.refused(*words, act=lambda shard=shard: list(shard.read(0)))
     assert list(shards[-1].read(0)) == []
     c.hub.datasets["org/bad"] = Dataset({"train.parquet": parquet(ROWS)[:-3000] + bytes(3000)}, LATER_SHA)
     c.refused("train.parquet", "Parquet", act=lambda: everything(c.open("bad")))
+    for damage in (damaged_page(), no_utf8()):
+        c.hub.datasets["org/bad"] = Dataset({"train.parquet": damage}, f"{len(c.hub.requests):040x}")
+        c.refused("train.parquet", "Parquet", act=lambda: everything(c.open("bad")))
+
+
+def damaged_page() -> bytes:
+    """A compressed page that cannot be decompressed."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"text": ROWS}), buffer, compression="snappy", use_dictionary=False)
+    content = bytearray(buffer.getvalue())
+    content[200:2000] = b"\xff" * 1800
+    return bytes(content)
+
+
+def no_utf8() -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"text": [*ROWS[:5], "MARK"]}), buffer, compression="none", use_dictionary=False)
+    return buffer.getvalue().replace(b"MARK", b"\xff\xfe\xff\xfe")
 
 
 def case_a_token_is_sent_and_never_shown(c: Client) -> None:
@@ -503,6 +555,23 @@ def case_a_damaged_or_read_only_cache_is_one_sentence(c: Client) -> None:
     (file,) = cache.rglob("*.arrow")
     file.write_bytes(file.read_bytes()[:-40])
     c.refused(str(file), "damaged", act=lambda: c.open("lines", streaming=False, cache_dir=str(cache)))
+    for name in ("parquet", "lines"):  # whatever bit it is that flips, there is text or a sentence
+        place = c.folder / f"flipped-{name}"
+        documents = c.open(name, streaming=False, cache_dir=str(place))
+        file = sorted(place.rglob("*.arrow"))[0]
+        content = file.read_bytes()
+        chance = random.Random(name)
+        refused = 0
+        for _ in range(60):
+            at = chance.randrange(len(content))
+            file.write_bytes(content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :])
+            try:
+                documents = c.open(name, streaming=False, cache_dir=str(place))
+                assert [documents[i] for i in range(len(documents))] == everything(c.open(name, cache_dir=str(place)))
+            except UserError as error:
+                assert str(file) in str(error) and "damaged" in str(error)
+                refused += 1
+        assert refused, name
     c.refused("/proc", act=lambda: c.open("lines", streaming=False, cache_dir="/proc/nothing"))
 
 

@@ -148,6 +148,8 @@ def test_directories_are_sorted_and_other_files_ignored(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("x.jsonl", rows("a") + '{"text": 1\n', "x.jsonl line 2 is not valid JSON"),
+        ("x.jsonl", rows("a") + "[" * 100_000, "x.jsonl line 2 is not valid JSON"),
+        ("x.jsonl", '{"text": "a", "id": ' + "1" * 5000 + "}", "x.jsonl line 1 is not valid JSON"),
         ("x.jsonl", rows("a") + "\n[1]\n", "x.jsonl line 3 has no field 'text': set text_field"),
         ("x.jsonl", '{"body": "a", "id": 1}\n', "x.jsonl line 1 has no field 'text'; it has body, id: set text_field"),
         ("x.jsonl", '{"text": 5}\n', "x.jsonl line 1: the field 'text' is int"),

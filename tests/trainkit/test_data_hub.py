@@ -63,6 +63,21 @@ def test_waits_double_up_to_the_cap_and_begin_anew_after_success() -> None:
     assert now[0] - sum(waits[:6]) <= backoff.give_up_after
 
 
+@pytest.mark.parametrize(("answers", "seconds"), [([False] * 99, 60), ([False, False, True] + [False] * 99, 1800)])
+def test_whoever_was_never_heard_of_is_not_waited_for_long(answers: list[bool], seconds: float) -> None:
+    now = [0.0]
+
+    def sleep(wait: float) -> None:
+        now[0] += wait
+
+    backoff = Backoff(clock=lambda: now[0], sleep=sleep, jitter=lambda: 1.0)
+    trouble = Trouble("the hub", backoff, lambda line: None, "look for the plug", was_heard=False)
+    with pytest.raises(UserError, match="look for the plug"):
+        for is_answer in answers:
+            trouble.wait(TransientError("silence", is_answer=is_answer))
+    assert seconds - 30 <= now[0] <= seconds
+
+
 def test_what_is_not_transient_is_not_tried_again() -> None:
     calls = []
 

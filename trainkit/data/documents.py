@@ -169,8 +169,8 @@ def _rows(file: Path, text_field: str, start: int) -> Iterator[str]:
             continue
         try:
             row = json.loads(_decode(line, file, number))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file} line {number} is not valid JSON ({error.msg}); repair or remove it") from error
+        except (ValueError, RecursionError) as error:  # of the syntax; of too many digits; of too many brackets
+            raise UserError(f"{file} line {number} is not valid JSON ({error}); repair or remove it") from error
         if not isinstance(row, dict) or text_field not in row:
             fields = f"; it has {', '.join(map(str, cast(dict[str, object], row)))}" if isinstance(row, dict) else ""
             raise UserError(

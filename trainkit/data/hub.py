@@ -109,13 +109,13 @@ def resolve_revision(name: str, revision: str = "", *, cache_dir: str = "", netw
         assert commit is not None
         return commit
 
-    commit = retry(ask, network.trouble(_what(name, revision)))
+    commit = retry(ask, network.first_contact(_what(name, revision)))
     with suppress(UserError):  # a stream that keeps nothing needs no place to write to
         write_json(note, {"dataset": name, "revision": revision, "commit": commit})
     return commit
 
 
-def _what(name: str, revision: str) -> str:
+def _what(name: str, revision: str = "") -> str:
     return f"data set {name!r}" + (f" at revision {revision!r}" if revision else "")
 
 
@@ -140,7 +140,7 @@ def _list_split(name: str, config: str, split: str, revision: str, *, root: Path
         return list(known["paths"])
     if is_offline():
         raise UserError(_not_kept(name, root or cache_root("")))
-    paths = retry(lambda: _ask_for_files(name, config, split, revision), network.trouble(f"data set {name!r}"))
+    paths = retry(lambda: _ask_for_files(name, config, split, revision), network.first_contact(_what(name)))
     if note:
         write_json(note, {"dataset": name, "config": config, "split": split, "commit": revision, "paths": paths})
     return paths
@@ -162,7 +162,10 @@ def _ask_for_files(name: str, config: str, split: str, revision: str) -> list[st
         raise problem from error
     found: dict[str, Sequence[str]] = {str(key): files for key, files in (builder.config.data_files or {}).items()}
     if split not in found:
-        raise UserError(f"{where} has no split {split!r}; it has {', '.join(found) or 'none'}")
+        raise UserError(
+            f"{where} has no split {split!r}; it has {', '.join(found) or 'none'}: name one of these, or hold "
+            "documents out of one with validation_fraction (test_fraction)"
+        )
     prefix = f"hf://datasets/{name}@{revision}/"
     for file in found[split]:
         if not file.startswith(prefix) or not is_readable(file):
@@ -242,13 +245,14 @@ class _FirstDocuments:
 
     shards: Sequence[Shard]
     limit: int
-    _sizes: list[int] = field(default_factory=list, init=False)
-    """Documents in the shards that have been read to their end: they need not be read again to get past them."""
+    _sizes: dict[int, int] = field(default_factory=dict[int, int], init=False)
+    """Documents in the shards that have been read to their end: they need not be read again to get past them. Several
+    threads may find the same one."""
 
     def read(self, start: int) -> Iterator[str]:
         position = 0  # of the first document of the shard
         for number, shard in enumerate(self.shards):
-            if number < len(self._sizes) and position + self._sizes[number] <= start:
+            if number in self._sizes and position + self._sizes[number] <= start:
                 position += self._sizes[number]
                 continue
             end = max(start, position)
@@ -259,8 +263,7 @@ class _FirstDocuments:
                 end += 1
             if end == start:  # it ends before: only from its front can its size be told
                 end = position + sum(1 for _ in shard.read(0))
-            if number == len(self._sizes):
-                self._sizes.append(end - position)
+            self._sizes[number] = end - position
             position = end
 
 

@@ -49,33 +49,50 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 class CachedTexts:
-    """A complete file, mapped into memory. Threads may share it."""
+    """A complete file, mapped into memory. Threads may share it. A batch is checked when it is first read."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
 
-        try:
-            self._file = pa.ipc.open_file(pa.memory_map(str(path)))
-            batches = self._file.num_record_batches
-            last = self._file.get_batch(batches - 1).num_rows if batches else 0
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path} is damaged ({error}); remove it and run once with the network") from error
-        self._rows = max(batches - 1, 0) * _BATCH_ROWS + last
+        self._path = path
         self._lock = threading.Lock()
+        with _explain_damage(path):
+            self._file = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._checked = bytearray(self._file.num_record_batches)
+        batches = len(self._checked)
+        self._rows = max(batches - 1, 0) * _BATCH_ROWS + (len(self._texts(batches - 1)) if batches else 0)
 
     def __len__(self) -> int:
         return self._rows
 
     def __getitem__(self, row: int) -> str:
-        with self._lock:
-            batch = self._file.get_batch(row // _BATCH_ROWS)
-        return cast(str, batch.column(0)[row % _BATCH_ROWS].as_py())
+        return cast(str, self._texts(row // _BATCH_ROWS)[row % _BATCH_ROWS].as_py())
 
     def read(self, start: int) -> Iterator[str]:
         for first in range(start - start % _BATCH_ROWS, self._rows, _BATCH_ROWS):
-            with self._lock:
-                batch = self._file.get_batch(first // _BATCH_ROWS)
-            yield from batch.column(0)[max(start - first, 0) :].to_pylist()
+            yield from self._texts(first // _BATCH_ROWS)[max(start - first, 0) :].to_pylist()
+
+    def _texts(self, number: int) -> Any:
+        """One batch, an Arrow array of strings."""
+        with self._lock, _explain_damage(self._path):
+            batch = self._file.get_batch(number)
+            if not self._checked[number]:
+                batch.validate(full=True)  # else a wrong offset reads outside of the file
+                if batch.column(0).null_count or len(batch) > _BATCH_ROWS:
+                    raise ValueError(f"batch {number}")
+                self._checked[number] = 1
+        return batch.column(0)
+
+
+@contextmanager
+def _explain_damage(path: Path) -> Generator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged ({message}); remove it and run once with the network") from error
 
 
 def keep(path: Path, read: Callable[[], Iterator[str]]) -> None:

@@ -42,6 +42,14 @@ class Network:
     def trouble(self, what: str) -> Trouble:
         return Trouble(what, self.backoff, self.report)
 
+    def first_contact(self, what: str) -> Trouble:
+        """Trouble with what a run asks before anything else."""
+        advice = (
+            "check the network, or, where a run with the network has filled the cache (data.cache_dir or "
+            "HF_DATASETS_CACHE), set HF_DATASETS_OFFLINE=1"
+        )
+        return Trouble(what, self.backoff, self.report, advice, was_heard=False)
+
 
 @dataclass(frozen=True)
 class HubFile:
@@ -179,7 +187,7 @@ def explain(error: BaseException, what: str) -> UserError | TransientError:
 def _explain_status(response: Any, what: str) -> UserError | TransientError:
     status = int(response.status_code)
     if status >= 500 or status in (408, 425, 429):
-        return TransientError(f"the hub answers {status}", retry_after=_retry_after(response.headers))
+        return TransientError(f"the hub answers {status}", retry_after=_retry_after(response.headers), is_answer=True)
     if status in (401, 403, 404):
         return UserError(
             f"the hub has no {what}, or does not show it to you ({status}); check the name and the revision, "

@@ -67,8 +67,9 @@ def _parquet(open_file: Open, name: str, text_field: str, start: int) -> Iterato
                         for number, text in enumerate(texts, start=max(start, row)):
                             yield _checked(text, name, number, text_field)
                     row += len(batch)
-    except pa.ArrowException as error:
-        raise UserError(f"{name} is not a sound Parquet file ({error}); tell its owner") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # of its structure, of a page, of a text
+        message = " ".join(str(error).split())
+        raise UserError(f"{name} is not a sound Parquet file ({message}); tell its owner") from error
 
 
 def _lines(open_file: Open, name: str, *, compressed: bool, newline: str | None) -> Iterator[str]:
@@ -86,10 +87,11 @@ def _json_rows(lines: Iterator[str], name: str, text_field: str, start: int) -> 
     for number, line in enumerate(islice((line for line in lines if line.strip()), start, None), start=start):
         try:
             row: Any = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"row {number} of {name} is not a line of JSON ({error.msg}); tell its owner") from error
+        except (ValueError, RecursionError) as error:  # of the syntax; of too many digits; of too many brackets
+            raise UserError(f"row {number} of {name} is not a line of JSON ({error}); tell its owner") from error
         if not isinstance(row, dict) or text_field not in row:
-            raise UserError(_no_column(name, text_field, list(cast("dict[str, Any]", row)) if row else []))
+            columns = list(cast("dict[str, Any]", row)) if isinstance(row, dict) else []
+            raise UserError(_no_column(f"row {number} of {name}", text_field, columns))
         yield _checked(cast("dict[str, Any]", row)[text_field], name, number, text_field)
 
 
