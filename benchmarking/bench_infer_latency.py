@@ -12,7 +12,7 @@ What `benchmark.decodings` names, all that the weights can do by default:
 - `prefix`, `dual`: block after block of `benchmark.block_length`, all places of a block at once whose most likely token
   has the probability `benchmark.threshold`, with an approximate cache of what stands before, or around.
 - `blocks`: the same for a model trained in blocks, whose cache is exact.
-- `agreement`: block after block, as many drafted tokens as the model itself, read for next tokens, agrees with.
+- `agreement`: as `dual`, but as many drafted tokens as the model itself, read for next tokens, agrees with.
 
 Texts do not stop before `benchmark.length`, so that all are of one length. The first token is what one waits for to see
 anything; a pass is a call of the model, one that only fills a cache included; positions say how much passes read.
@@ -177,7 +177,7 @@ def create_decoders(spec: InferenceBenchmarkSpec, subject: Subject, length: int)
         "dual": DenoisingSpec(**quick, cache="dual"),
         "blocks": DenoisingSpec(threshold=spec.threshold),
         "agreement": DenoisingSpec(
-            agreement=spec.agreement, order="left_to_right", block_length=0 if blocks else spec.block_length
+            agreement=spec.agreement, order="left_to_right", block_length=spec.block_length, cache="dual"
         ),
     }
     possible: set[Decoding] = {"ar"} if "ar" in modes else set()

@@ -35,8 +35,8 @@ def test_random_weights_are_read_in_every_way(capsys: pytest.CaptureFixture[str]
     assert list(rows) == [(name, size) for size in (1, 3) for name in names]
     assert out.count("batch of ") == 2 and all(f"\n{name} " in out for name in names)
     # Passes for 24 tokens: one each; six in all; and one more for each block of six (25 places: five blocks) that fills
-    # a cache, except that an exact one has nothing to keep before the first; and a pass each of model and judge.
-    passes = {"ar": 24, "confidence": 24, "steps": 6, "prefix": 29, "dual": 29, "blocks": 28, "agreement": 48}
+    # a cache, except that an exact one has nothing to keep before the first; agreement takes a second pass each time.
+    passes = {"ar": 24, "confidence": 24, "steps": 6, "prefix": 29, "dual": 29, "blocks": 28, "agreement": 53}
     positions = {"ar": 24, "confidence": 24 * 25, "steps": 6 * 25}
     for (name, _), row in rows.items():
         assert row["forwards_per_token"] * 24 == pytest.approx(passes[name])
