@@ -168,7 +168,7 @@ def _train(
         log.message(str(beginning))
         if MAIN not in ingredients.data.validation:
             log.message("there is no validation text: no validation loss, no best checkpoint")
-        run = _compose(ingredients, directory, store, world, log, interrupts)
+        run = compose(ingredients, directory, store, world, log, interrupts)
         if beginning.kind == "weights":
             load_model_tensors(run.model, load_weights(beginning.path), str(beginning.path))
         result = train(run, resume=snapshot)
@@ -182,7 +182,7 @@ def _open_log(directory: Path, config: TrainConfig, offset: int, world: World) -
     return open_run_log(directory, config.logging, total_steps=config.training.max_steps, continue_at=offset)
 
 
-def _compose(
+def compose(
     ingredients: Ingredients,
     directory: Path,
     store: CheckpointStore,
@@ -190,6 +190,7 @@ def _compose(
     log: FileLog | NullLog,
     interrupts: Interrupts,
 ) -> Run:
+    """All that the loop needs."""
     config, tokenizer = ingredients.config, ingredients.tokenizer
     objective = build_objective(config.objective, config.model, _noise(config, tokenizer, world.device))
     return Run(
@@ -201,6 +202,7 @@ def _compose(
         schedule=config.schedule,
         world=world,
         log=log,
+        logging=config.logging,
         facts=_facts(config, tokenizer),
         checkpoints=store,
         evaluate=build_evaluator(config, tokenizer, ingredients.data.validation, world),

@@ -16,9 +16,11 @@ from config.corpora import Corpus, GrammarCorpusSpec
 from config.specs import (
     ArtifactsSpec,
     CheckpointEvaluationSpec,
+    ComparedRunsSpec,
     EvaluationDataSpec,
     InferenceBenchmarkSpec,
     PipelineTokenizerSpec,
+    ReplaySpec,
     RunEvaluationDataSpec,
     RunSpec,
     RunTrainingSpec,
@@ -258,6 +260,23 @@ class EvalConfig(Schema):
     """What to score it on."""
 
 
+# -- what a run has left behind ----------------------------------------------------------------------------------------
+
+
+class ReplayConfig(Schema):
+    """`transformerlm-replay`: a past step of a run once more."""
+
+    replay: ReplaySpec
+    """Which step, and what to show of it."""
+
+
+class DiffRunsConfig(Schema):
+    """`transformerlm-diff-runs`: where two runs begin to differ."""
+
+    runs: ComparedRunsSpec = ComparedRunsSpec()
+    """Which ones."""
+
+
 COMMANDS: Mapping[str, type[Schema]] = {
     "transformerlm-train": TrainConfig,
     "transformerlm-pipeline": PipelineConfig,
@@ -267,5 +286,7 @@ COMMANDS: Mapping[str, type[Schema]] = {
     "transformerlm-infer": InferConfig,
     "transformerlm-bench-infer": BenchInferConfig,
     "transformerlm-eval": EvalConfig,
+    "transformerlm-replay": ReplayConfig,
+    "transformerlm-diff-runs": DiffRunsConfig,
 }
 """Which schema each command reads."""

@@ -239,3 +239,37 @@ class GrammarEvaluationDataSpec:
 EvaluationDataSpec = (
     RunEvaluationDataSpec | TokensEvaluationDataSpec | FilesEvaluationDataSpec | GrammarEvaluationDataSpec
 )
+
+
+# -- what a run has left behind
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplaySpec:
+    """Which step to train again, and what to show of it."""
+
+    run: NotEmpty
+    """Folder of the run; it is only read."""
+    step: Annotated[int, Ge(1)]
+    """Which step, counted from 1 as in `metrics.jsonl`."""
+    rows: Annotated[int, Ge(0)] = 4
+    """How many texts of the batch to show; 0 = all."""
+    save: str = ""
+    """File for the gradients (`.safetensors`), before clipping; empty = none."""
+    processes: Annotated[int, Ge(0)] = 0
+    """Processes to train with, 0 = as the run; other numbers give the same bits with `distributed.reduction = "tree"`
+    only."""
+    device: str = ""
+    """Device to train on; empty = that of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRunsSpec:
+    """Two runs to compare."""
+
+    first: str = ""
+    """Folder of the one."""
+    second: str = ""
+    """Folder of the other."""
+    tensors: bool = True
+    """Compare the checkpoints of common steps too, which reads all of them."""

@@ -163,6 +163,11 @@ def read_config(path: Path | str) -> dict[str, Any]:
     return _read_object(Path(path) / "config.json")
 
 
+def read_environment(path: Path | str) -> dict[str, Any]:
+    """What ran it last (`describe_environment`); empty where nothing readable is."""
+    return _read_object(Path(path) / "environment.json")
+
+
 def read_summary(path: Path | str) -> dict[str, Any]:
     """What `write_summary` wrote last; empty where nothing readable is."""
     return _read_object(Path(path) / "summary.json")

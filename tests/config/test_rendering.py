@@ -36,6 +36,8 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "eval": COMMANDS["transformerlm-eval"],
     "bench_tokenizer": COMMANDS["transformerlm-bench-tokenizer"],
     "bench_infer": COMMANDS["transformerlm-bench-infer"],
+    "replay": COMMANDS["transformerlm-replay"],
+    "diff_runs": COMMANDS["transformerlm-diff-runs"],
 }
 SHIPPED = sorted(SCHEMAS)
 
