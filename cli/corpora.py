@@ -18,8 +18,11 @@ SPLIT_RECIPE = 2
 """Raise it when documents are held out in another way."""
 
 
-def open_documents(corpus: CorpusSpec, split: Split) -> Iterator[str]:
-    """The documents of one split, in a fixed order, streamed. A split that the corpus does not have is empty."""
+def open_documents(corpus: CorpusSpec, split: Split, commit: str = "") -> Iterator[str]:
+    """The documents of one split, in a fixed order, streamed. A split that the corpus does not have is empty.
+
+    `commit`: of a hub data set, what `find_commit` has found at some time; "" = what it finds now.
+    """
     if not has_split(corpus, split):
         return iter(())
     match corpus:
@@ -28,7 +31,16 @@ def open_documents(corpus: CorpusSpec, split: Split) -> Iterator[str]:
         case FilesCorpusSpec():
             return _selected(_file_documents(corpus, split), corpus, split)
         case HubCorpusSpec():
-            return _selected(_hub_documents(corpus, split), corpus, split)
+            return _selected(_hub_documents(corpus, split, commit or find_commit(corpus)), corpus, split)
+
+
+def find_commit(corpus: CorpusSpec) -> str:
+    """The commit of a hub data set that `revision` stands for now; empty for other corpora."""
+    match corpus:
+        case HubCorpusSpec():
+            return _commit(corpus.dataset_name, corpus.revision, corpus.cache_dir)
+        case _:
+            return ""
 
 
 def has_split(corpus: CorpusSpec, split: Split) -> bool:
@@ -155,7 +167,7 @@ def _commit(name: str, revision: str, cache_dir: str) -> str:
     return resolve_revision(name, revision, cache_dir=cache_dir, network=network())
 
 
-def _hub_documents(corpus: HubCorpusSpec, split: Split) -> Iterator[str]:
+def _hub_documents(corpus: HubCorpusSpec, split: Split, commit: str) -> Iterator[str]:
     from cli.text_sources import network
     from trainkit.data.hub import open_hub_documents
 
@@ -164,7 +176,7 @@ def _hub_documents(corpus: HubCorpusSpec, split: Split) -> Iterator[str]:
         corpus.dataset_name,
         config=corpus.dataset_config,
         split=_hub_split(corpus, split),
-        revision=_commit(corpus.dataset_name, corpus.revision, corpus.cache_dir),
+        revision=commit,
         text_field=corpus.text_field,
         cache_dir=corpus.cache_dir,
         streaming=not corpus.cache_dir,

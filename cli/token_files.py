@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cli.corpora import fingerprint, local_paths, num_stories, open_documents
+from cli.corpora import find_commit, fingerprint, local_paths, num_stories, open_documents
 from config.corpora import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
 from trainkit.data.megatron import IndexedTokens, bin_path, idx_path, smallest_dtype, verify
 from trainkit.data.megatron_writer import IndexedWriter
@@ -117,7 +117,10 @@ def build_token_files(
     workers = workers or min(available_cores(), 1 + _estimated_bytes(corpus, split) // WORTH_A_WORKER)
     with IndexedWriter(prefix, stored, tokenizer=tokenizer.content_hash, source=source, start_over=force) as writer:
         empty = writer.source.get("empty_documents_left_out", 0)
-        chunks = _chunks(corpus, split, Done(writer.documents + empty, writer.text_bytes))
+        # A build that goes on stays with the commit that it began with, whatever is the newest by now.
+        if commit := writer.source.get("commit") or find_commit(corpus):
+            writer.source["commit"] = commit
+        chunks = _chunks(corpus, split, commit, Done(writer.documents + empty, writer.text_bytes))
         next_save = time.monotonic() + SAVE_SECONDS
         with closing(_encode_all(chunks, tokenizer, stored, workers)) as results:
             for encoded in results:
@@ -197,10 +200,10 @@ class Done(NamedTuple):
     text_bytes: int
 
 
-def _chunks(corpus: CorpusSpec, split: Split, done: Done) -> Iterator[Chunk]:
+def _chunks(corpus: CorpusSpec, split: Split, commit: str, done: Done) -> Iterator[Chunk]:
     """The documents that are not done yet."""
     if not isinstance(corpus, GrammarCorpusSpec):
-        return _text_chunks(_without(done, open_documents(corpus, split)))
+        return _text_chunks(_without(done, open_documents(corpus, split, commit)))
     from transformerlm.corpus.stories import split_seed
 
     count = num_stories(corpus, split)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cli import make_data, token_files
+from cli import corpora, make_data, token_files
 from cli.corpora import fingerprint, has_split, open_documents
 from cli.token_files import build_token_files
 from config.corpora import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
@@ -297,14 +297,20 @@ class Rows:
             yield row
 
 
-def serve(monkeypatch: pytest.MonkeyPatch, splits: Mapping[str, Sequence[str | UserError]]) -> None:
+def serve(
+    monkeypatch: pytest.MonkeyPatch,
+    splits: Mapping[str, Sequence[str | UserError]],
+    commit: str = "first",
+    newest: str = "first",
+) -> None:
     """Stand in for the hub, which tests of its own serve over HTTP."""
 
     def open_hub_documents(name: str, *, split: str, max_documents: int, **options: object) -> ShardedDocuments:
-        assert options["revision"] == "commit"
+        assert options["revision"] == commit
         return ShardedDocuments([Rows(splits[split][: max_documents or None])], name)
 
-    monkeypatch.setattr(hub, "resolve_revision", lambda *arguments, **options: "commit")
+    corpora._commit.cache_clear()
+    monkeypatch.setattr(hub, "resolve_revision", lambda *arguments, **options: newest)
     monkeypatch.setattr(hub, "open_hub_documents", open_hub_documents)
 
 
@@ -557,5 +563,9 @@ def test_a_hub_text_that_has_changed_is_not_mixed(
     serve(monkeypatch, {"train": ["longer", "two"]})
     with pytest.raises(UserError, match=r"not what it was.*--force"):
         build_token_files(corpus, "train", tokenizer, prefix, workers=1)
-    serve(monkeypatch, {"train": ["one", "two"]})
-    assert build_token_files(corpus, "train", tokenizer, prefix, workers=1).manifest.documents == 2
+    serve(monkeypatch, {"train": ["one", "two"]}, newest="second")  # it goes on with the commit that it began with
+    made = build_token_files(corpus, "train", tokenizer, prefix, workers=1).manifest
+    assert made.documents == 2 and made.source["commit"] == "first"
+    serve(monkeypatch, {"train": ["one", "two", "three"]}, commit="second", newest="second")
+    made = build_token_files(corpus, "train", tokenizer, prefix, workers=1, force=True).manifest
+    assert made.documents == 3 and made.source["commit"] == "second"
