@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +21,33 @@ def means(totals: Totals) -> dict[str, float]:
     return {name: total / count for name, (total, count) in totals.items() if count}
 
 
+@dataclass
+class SmoothedLoss:
+    """An exponential moving average of the steps' losses: the noise of single batches is gone, the trend is left.
+
+    Corrected for its start like Adam's moments, so that the first value is the first loss.
+    """
+
+    decay: float = 0.98
+    total: float = 0.0
+    weight: float = 0.0
+
+    def add(self, loss: float) -> None:
+        if math.isfinite(loss):
+            self.total = self.decay * self.total + (1 - self.decay) * loss
+            self.weight = self.decay * self.weight + (1 - self.decay)
+
+    def values(self) -> dict[str, float]:
+        """For a record: `loss_ema`, once there was a loss."""
+        return {"loss_ema": self.total / self.weight} if self.weight else {}
+
+    def state(self) -> dict[str, float]:
+        return {"total": self.total, "weight": self.weight}
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        self.total, self.weight = state.get("total", 0.0), state.get("weight", 0.0)
+
+
 class Meter:
     """Adds `(sum, count)` pairs: over ranks in the order of `trainkit.tree`, over steps one after the other.
 
@@ -28,6 +57,8 @@ class Meter:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self.smoothed_loss = SmoothedLoss()
+        """Of the metric `loss`, up to the step that `totals` was last called for."""
         self._read: dict[str, tuple[float, float]] = {}
         self._unread: list[tuple[tuple[str, ...], Tensor]] = []
 
@@ -45,8 +76,11 @@ class Meter:
             numbers = iter(over_ranks.tolist())
             for names, _ in self._unread:
                 for name in names:
-                    total, count = self._read.get(name, (0.0, 0.0))
-                    self._read[name] = (total + next(numbers), count + next(numbers))
+                    total, count = next(numbers), next(numbers)
+                    before = self._read.get(name, (0.0, 0.0))
+                    self._read[name] = (before[0] + total, before[1] + count)
+                    if name == "loss" and count:
+                        self.smoothed_loss.add(total / count)
             self._unread.clear()
         return dict(self._read)
 

@@ -6,8 +6,6 @@ so nothing of this shows in the result; and a batch that does not fit fails now 
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +17,7 @@ from torch import nn
 from trainkit.distribution import World
 from trainkit.replicas import Replica
 from trainkit.task import Batch, RunFacts, Task
+from trainkit.throughput import peak_memory
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def estimate_run(
     return Estimate(
         parameters=count_parameters(replica.module),
         units=steps * units_per_step,
-        memory_bytes=_peak_memory(world.device) + _optimizer_bytes(replica.module),
+        memory_bytes=peak_memory(world.device) + _optimizer_bytes(replica.module),
         seconds=seconds * len(micro_batches) * steps,
     )
 
@@ -89,13 +88,6 @@ def format_duration(seconds: float) -> str:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _optimizer_bytes(model: nn.Module) -> int:

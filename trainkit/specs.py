@@ -188,6 +188,20 @@ class CheckpointSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WandbSpec:
+    """Weights & Biases. A resumed run continues there too: its id is kept in the run directory."""
+
+    mode: Literal["off", "online", "offline"] = "off"
+    """`offline` writes below the run directory, for `wandb sync` later; `online` needs `WANDB_API_KEY` or a login."""
+    project: str = ""
+    """Name of the project; empty = what `WANDB_PROJECT` says, else `uncategorized`."""
+    entity: str = ""
+    """User or team; empty = the account's own."""
+    artifacts: bool = False
+    """At the end, also send the newest checkpoint as an artifact."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingSpec:
     """Where records go besides `metrics.jsonl`, which is always written."""
 
@@ -199,3 +213,9 @@ class LoggingSpec:
     """Write `tensorboard/`, for `tensorboard --logdir runs`."""
     plots: bool = True
     """Draw `plots/*.png` at the end of the run, and after each validation."""
+    norms_every: Annotated[int, Ge(0)] = 100
+    """Steps between two records of norms: gradients, weights and updates of each layer; 0 = none."""
+    activation_norms: bool = False
+    """With the norms, measure the output of each layer as well; not with `training.compile`."""
+    wandb: WandbSpec = WandbSpec()
+    """Send the records to Weights & Biases."""

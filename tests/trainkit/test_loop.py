@@ -18,12 +18,14 @@ from tests.trainkit.toys import TOYS, Regression, ToySource
 from trainkit.checkpoints import CheckpointStore, find_newest_intact, list_checkpoints, load_snapshot
 from trainkit.distribution import World
 from trainkit.errors import UserError
-from trainkit.loop import Result, Run, samples_per_step, train
+from trainkit.loop import Result, Run, train
 from trainkit.precision import resolve_precision
+from trainkit.run import samples_per_step
 from trainkit.specs import AdamWSpec, CheckpointSpec, CosineScheduleSpec, TrainingSpec
 from trainkit.task import Batch, Loss, RunFacts, Task
+from trainkit.throughput import TIMED
 
-TIMES = {"step_seconds", "samples_per_second", "flops_per_second"}
+TIMES = {*TIMED, "samples_per_second"}
 
 
 @dataclass
