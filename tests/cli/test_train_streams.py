@@ -17,6 +17,7 @@ from cli import eval as evaluation
 from cli import train
 from cli.text_sources import held_out_texts, training_documents
 from tests.cli.test_pipeline import records
+from tests.faults.test_kills import digest
 from trainkit.artifacts import read_manifest
 from trainkit.data import hub
 from trainkit.data.document_sets import ShardedDocuments
@@ -253,6 +254,23 @@ def test_resume_without_a_run_says_so(place: Path, tokenizer: Path, capfd: pytes
     write_stories(Path("stories/train.jsonl"), range(20))
     assert train.main([*arguments("packed", tokenizer, "data.val_split=", "--max-steps=1"), "--resume"]) == 0
     assert "no run in runs/run to resume: a new one starts" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_text_on_two_processes_becomes_the_model_of_one(place: Path) -> None:
+    """`--text` in tree mode: the second process finds the tokenizer that the first one makes. One SHA-256."""
+    Path("book.txt").write_text("\n\n".join(sample(1, index) for index in range(120)))
+    tree = ["distributed.reduction=tree", "training.context_length_divisors=[[0, 2], [4, 1]]"]
+    command = [sys.executable, "-m", "cli.train", "--text", "book.txt", "--vocab-size", "400", *TINY, *tree]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    digests: set[str] = set()
+    for ranks in (2, 1):
+        more = [f"run.name=on-{ranks}", f"distributed.processes={ranks}"]
+        done = subprocess.run([*command, *more], cwd=place, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        digests.add(digest(place / "runs" / f"on-{ranks}"))
+    assert len(digests) == 1
+    assert metrics(place / "runs/on-1", "train") == metrics(place / "runs/on-2", "train")
 
 
 @pytest.mark.slow

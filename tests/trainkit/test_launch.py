@@ -14,10 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from tests.trainkit.test_loop import ListLog, make_run, newest
+from trainkit.distribution import gather_over_ranks, open_world
 from trainkit.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_WATCHDOG, UserError
 from trainkit.launch import _cause, _Rank, launch, processes_to_start
-from trainkit.specs import DistributedSpec
+from trainkit.loop import train
+from trainkit.specs import DistributedSpec, TrainingSpec
 
 ROOT = Path(__file__).parents[2]
 FOR_EVER = 1_000_000
@@ -91,6 +95,25 @@ def test_ranks_leave_when_the_command_is_killed(tmp_path: Path) -> None:
         command.kill()
         command.communicate()
     wait_until_gone(ranks)
+
+
+def cannot_validate(folder: Path, rank: int) -> None:
+    with open_world(TrainingSpec(device="cpu", threads=1)) as world:
+
+        def evaluate(model: nn.Module, step: int) -> dict[str, float]:
+            if world.rank == rank and step > 10:
+                raise UserError("the validation text is gone")
+            return {"val_loss": float(sum(gather_over_ranks(step, world)))}
+
+        train(make_run(folder, ListLog(), world=world, evaluate=evaluate))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_go_on_in_the_middle_ends_all_with_its_sentence(tmp_path: Path, rank: int) -> None:
+    with pytest.raises(UserError, match="the validation text is gone"):
+        launch(2, cannot_validate, tmp_path, rank)
+    assert newest(tmp_path).trainer["step"] == 14
 
 
 @pytest.mark.parametrize(
