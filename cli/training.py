@@ -194,7 +194,7 @@ def compose(
     config, tokenizer = ingredients.config, ingredients.tokenizer
     objective = build_objective(config.objective, config.model, _noise(config, tokenizer, world.device))
     return Run(
-        model=create_model(config.model, vocab_size=tokenizer.vocab_size, seed=config.run.seed),
+        model=_create_model(config, tokenizer),
         task=objective,
         source=ingredients.data.source(world.rank, world.size, objective.prepare),
         training=config.training,
@@ -211,6 +211,13 @@ def compose(
         watchdog=_watchdog(config, directory, world),
         distributed=config.distributed,
     )
+
+
+def _create_model(config: TrainConfig, tokenizer: Tokenizer) -> Transformer:
+    model = create_model(config.model, vocab_size=tokenizer.vocab_size, seed=config.run.seed)
+    if config.training.activation_checkpointing == "blocks":
+        model.recompute_blocks()
+    return model
 
 
 def _noise(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> NoiseContext | None:

@@ -23,7 +23,7 @@ from trainkit.logging.jsonl import METRICS_FILE
 from trainkit.logging.records import HEADER, TEXT_KINDS, Record, Scalar, decode_record
 from trainkit.run_directory import MAY_CHANGE, changed_settings, read_config, read_environment
 
-MEASURED = re.compile(r".*(second|memory|bytes|mfu|flops|wait|fraction|path).*")
+MEASURED = re.compile(r"time|path|mfu|.*seconds|.*_per_second|.*memory.*|data_wait.*")
 """Names of records that tell how long something took or where it lies: two equal runs differ in them."""
 TELLING = ("torch", "cuda", "cpu", "threads", "gpus", "variables", "git")
 """What of `environment.json` may explain a difference of numbers."""

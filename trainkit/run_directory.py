@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "data.prefetch",
     "data.verify",
     "data.workers",
+    "training.activation_checkpointing",
     "training.device",
     "training.threads",
     "training.device_batch_size",
