@@ -28,7 +28,8 @@ class GrammarCorpusSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class FilesCorpusSpec:
-    """Text files of your own: `.jsonl` (a document per row) or `.txt` (documents between `<|endoftext|>` lines)."""
+    """Text files of your own, or folders of them: `.jsonl` and `.parquet` (a document per row), `.lines` (one per line)
+    and `.txt` (documents between `<|endoftext|>` lines); all but Parquet also compressed with gzip."""
 
     kind: Literal["files"] = "files"
     train_paths: tuple[NotEmpty, ...]
@@ -38,7 +39,7 @@ class FilesCorpusSpec:
     test_paths: tuple[NotEmpty, ...] = ()
     """Files for the test, which no run reads."""
     text_field: NotEmpty = "text"
-    """Field of a row that holds its text."""
+    """Field or column of a row that holds its text."""
     validation_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of the training documents held out for validation, chosen by a hash of their text; for when there are no
     `val_paths`."""
@@ -55,7 +56,7 @@ class FilesCorpusSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class HubCorpusSpec:
-    """A data set of the Hugging Face hub, or anything else that `datasets.load_dataset` opens."""
+    """A data set of the Hugging Face hub made of Parquet, JSON lines or text files."""
 
     kind: Literal["hub"] = "hub"
     dataset_name: NotEmpty
@@ -63,7 +64,7 @@ class HubCorpusSpec:
     dataset_config: str = ""
     """Configuration of a data set that has several, such as `sample-10BT`."""
     revision: str = ""
-    """Commit, tag or branch of the data set; empty = the newest."""
+    """Commit, tag or branch of the data set; empty = the newest. Resolved once, when a build begins."""
     train_split: NotEmpty = "train"
     """Split to train on."""
     val_split: str = "validation"
@@ -77,7 +78,8 @@ class HubCorpusSpec:
     text_field: NotEmpty = "text"
     """Column that holds the text."""
     cache_dir: str = ""
-    """Folder that keeps the whole data set, to be read again without network; empty streams it and keeps nothing."""
+    """Folder that keeps the whole data set, to be read again without network; empty streams it, and keeps it only where
+    `HF_DATASETS_CACHE` names a folder."""
     max_train_documents: Annotated[int, Ge(0)] = 0
     """Read only the first so many training documents; 0 = all."""
     max_val_documents: Annotated[int, Ge(0)] = 0
