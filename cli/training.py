@@ -17,7 +17,7 @@ from cli.validation import MAIN, build_evaluator
 from config.loading import resolved
 from config.schemas import TrainConfig
 from config.specs import SamplesSpec
-from trainkit.beginnings import choose_beginning, load_beginning
+from trainkit.beginnings import Beginning, choose_beginning, load_beginning
 from trainkit.checkpoints import CheckpointStore, load_model_tensors, load_weights
 from trainkit.distribution import World, choose_device, main_first, open_world
 from trainkit.errors import EXIT_NON_FINITE, EXIT_REQUEUE, EXIT_USAGE, UserError
@@ -159,7 +159,7 @@ def _train(
     store = CheckpointStore(
         directory / "checkpoints", config.checkpoint, _asset_writer(config, tokenizer), notes.append
     )
-    beginning = main_first(lambda: choose_beginning(store), world)
+    beginning = main_first(lambda: _choose_beginning(store, tokenizer), world)
     snapshot = load_beginning(beginning, store, max_steps=config.training.max_steps, new_horizon=new_horizon)
     offset = snapshot.trainer["log_offset"] if snapshot else 0
     with closing(_open_log(directory, config, offset, world)) as log:
@@ -174,6 +174,19 @@ def _train(
         result = train(run, resume=snapshot)
         log.message(_last_words(result, directory))
     return result
+
+
+def _choose_beginning(store: CheckpointStore, tokenizer: Tokenizer) -> Beginning:
+    """Another tokenizer's ids mean other text, even where the shapes of the weights are the same."""
+    beginning = choose_beginning(store)
+    its_own = beginning.path / "tokenizer"
+    is_foreign = beginning.kind in ("other run", "weights")
+    if is_foreign and Tokenizer.load(its_own).content_hash != tokenizer.content_hash:
+        raise UserError(
+            f"{beginning.path} was trained with another tokenizer than tokenizer.path; set tokenizer.path = {its_own}",
+            EXIT_USAGE,
+        )
+    return beginning
 
 
 def _open_log(directory: Path, config: TrainConfig, offset: int, world: World) -> FileLog | NullLog:

@@ -250,6 +250,24 @@ def test_a_run_keeps_the_revision_it_began_with(
     assert "data.revision" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("setting", ["init_from", "resume_from"])
+def test_weights_of_another_run_want_its_tokenizer(
+    place: Path, capfd: pytest.CaptureFixture[str], setting: str
+) -> None:
+    """Two tokenizers of one size: the weights would fit, and mean nothing."""
+    Path("a.txt").write_text("\n\n".join(sample(1, index) for index in range(120)))
+    Path("b.txt").write_text("\n".join(f"{n} is something else entirely" for n in range(4000)))
+    sizes = ["--vocab-size", "300", *TINY]
+    assert train.main(["--text", "a.txt", *sizes]) == 0
+    begin = ["--text", "b.txt", *sizes, f"checkpoint.{setting}=runs/a"]
+    assert train.main(begin) == 2
+    told = capfd.readouterr().err.splitlines()[-1]
+    assert "another tokenizer" in told and told.endswith(
+        "set tokenizer.path = runs/a/checkpoints/step-00000008/tokenizer"
+    )
+    assert train.main([*begin, "tokenizer.path=runs/a/checkpoints/step-00000008/tokenizer", "run.name=right"]) == 0
+
+
 def test_resume_without_a_run_says_so(place: Path, tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_stories(Path("stories/train.jsonl"), range(20))
     assert train.main([*arguments("packed", tokenizer, "data.val_split=", "--max-steps=1"), "--resume"]) == 0
