@@ -48,13 +48,13 @@ def _default_afterwards() -> Iterator[None]:
 def test_the_host_runs_ahead(tmp_path: Path, training: dict[str, Any]) -> None:
     world = World(rank=0, size=1, device=torch.device("cuda", 0))
     log = ListLog()
-    settings = {"max_steps": 45, "log_every": LOG_EVERY, "eval_every": 0, "save_every": 0, "device": "cuda"}
+    settings = {"max_steps": 50, "log_every": LOG_EVERY, "eval_every": 0, "save_every": 0, "device": "cuda"}
     run = make_run(
         tmp_path, log, toy="mlp", world=world, source=Strict(world), checkpoints=None, evaluate=None,
         logging=LoggingSpec(norms_every=2 * LOG_EVERY, activation_norms=True), training=settings | training,
     )  # fmt: skip
-    assert train(run).step == 45
-    assert [r["step"] for r in log.records if r["kind"] == "train"] == [10, 20, 30, 40, 45]
+    assert train(run).step == 50
+    assert [r["step"] for r in log.records if r["kind"] == "train"] == [10, 20, 30, 40, 50]
 
 
 def test_a_wait_is_refused() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
 from typing import TYPE_CHECKING, Literal, TextIO
 from unicodedata import category
 
@@ -18,8 +17,12 @@ from trainkit.logging.sinks import SinkOpener
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.spinner import Spinner
 
-REFRESH_SECONDS = 0.2
+REFRESHES_PER_SECOND = 2
+"""The line moves while nothing is recorded, too; each drawing takes a millisecond or two of the interpreter."""
+QUIET_KINDS = ("train", "norms")
+"""What moves the line and says nothing above it."""
 BAR_WIDTHS = (10, 40)
 """The bar gives way down to the first, so that facts fit; more than the second is only decoration."""
 
@@ -59,41 +62,43 @@ class LiveConsole:
         # Imported by the sink's thread: a run that does not show progress never waits for it.
         from rich.console import Console
         from rich.live import Live
+        from rich.spinner import Spinner
 
         # A buffer of its own; see above.
         self._file = os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding, errors="replace")
         self._console = Console(file=self._file, highlight=False, markup=False, emoji=False)
         self._total_steps = total_steps
         self._progress = Progress(total_steps)
+        self._spinner: Spinner | None = Spinner("dots")
         self._live = Live(
-            console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False, transient=False
+            console=self._console,
+            get_renderable=self._render,
+            refresh_per_second=REFRESHES_PER_SECOND,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
-        self._refreshed = 0.0
         self._live.start()
         # Visible all the time, since a killed run could not bring it back.
         self._console.show_cursor(True)
 
     def write(self, record: Record) -> None:
         self._progress.update(record)
-        if record["kind"] != "train":
-            self._live.update(self._render())  # printing draws the line anew too
-            self._console.print(_printable(describe(record)), soft_wrap=True)
-        elif time.monotonic() - self._refreshed >= REFRESH_SECONDS:
-            self._live.update(self._render(), refresh=True)
-            self._refreshed = time.monotonic()
+        if record["kind"] not in QUIET_KINDS:
+            self._console.print(_printable(describe(record)), soft_wrap=True)  # draws the line anew too
 
     def close(self) -> None:
-        self._live.update(self._render(), refresh=True)
-        self._live.stop()
+        self._spinner = None
+        self._live.stop()  # draws the line once more
         self._file.close()
 
     def _render(self) -> RenderableType:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
-        before, bar_width, after = self._progress.line(self._console.width)
+        before, bar_width, after = self._progress.line(self._console.width - (2 if self._spinner else 0))
+        bar = ProgressBar(self._total_steps, self._progress.step, width=bar_width)
         row = Table.grid()
-        row.add_row(before, ProgressBar(self._total_steps, self._progress.step, width=bar_width), after)
+        row.add_row(*((self._spinner, " ") if self._spinner else ()), before, bar, after)
         return row
 
 

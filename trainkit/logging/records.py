@@ -4,7 +4,9 @@
 
 `kind`, `step` and `time` (seconds since 1970) always come first; everything else is a scalar of the kind's own:
 
-- `train`: `loss`, `learning_rate`, `gradient_norm`, a rate such as `tokens_per_second`, any metric of the task;
+- `train`: `loss`, `loss_ema` (smoothed), `learning_rate`, `gradient_norm`, a rate such as `tokens_per_second`,
+  `data_wait_fraction`, `memory_bytes`, any metric of the task;
+- `norms`: `gradient_norm`, `weight_norm`, `update_ratio`, and each of them with `/<layer>`;
 - `eval`: `val_loss` and any metric of a validation;
 - `checkpoint`: `path` of what was saved;
 - `sample`: `text`, and scalars that describe it (`prompt`, for instance);

@@ -21,6 +21,7 @@ from trainkit.logging.records import Record, Scalar, decode_record, describe, re
 from trainkit.logging.samples import SAMPLES_FILE, SamplesSink
 from trainkit.logging.sinks import BackgroundSink, SinkOpener
 from trainkit.logging.tensorboard import TENSORBOARD_DIRECTORY, TensorboardSink
+from trainkit.logging.wandb import WandbSink
 from trainkit.specs import LoggingSpec
 
 TEXT_FILE = "log.txt"
@@ -89,7 +90,7 @@ class FileLog:
     def _record(self, record: Record) -> None:
         self._step = int(record["step"] or 0)
         self._metrics.write(record)
-        if record["kind"] != "sample":
+        if record["kind"] not in ("sample", "norms"):
             with suppress(OSError), self._text_path.open("a", encoding="utf-8", errors="replace") as file:
                 when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(record["time"] or 0)))
                 file.write(f"{when}  {describe(record)}\n")
@@ -143,4 +144,6 @@ def _sinks_of(directory: Path, spec: LoggingSpec, total_steps: int, continue_at:
         sinks["tensorboard"] = lambda: TensorboardSink(directory / TENSORBOARD_DIRECTORY, first_step)
     if spec.plots:
         sinks["plots"] = lambda: PlotSink(metrics, directory / PLOTS_DIRECTORY)
+    if spec.wandb.mode != "off":
+        sinks["wandb"] = lambda: WandbSink(directory, spec.wandb)
     return sinks
