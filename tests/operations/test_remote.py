@@ -118,6 +118,26 @@ def read_until(terminal: int, words: bytes) -> bytes:
     return screen
 
 
+def exit_code(terminal: int, process: subprocess.Popen[bytes]) -> int:
+    """Of a process that leaves. Its terminal is read, since it could not leave with unwritten words."""
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None:
+        assert time.monotonic() < deadline, "it does not leave"
+        with suppress(OSError):
+            if select.select([terminal], [], [], 0.1)[0]:
+                os.read(terminal, 1 << 16)
+    return process.wait()
+
+
+@pytest.fixture(autouse=True)
+def no_sessions(hosts: list[Host]) -> Generator[None]:
+    """A test that fails leaves no training behind for the next one."""
+    yield
+    for host in hosts:
+        with suppress(subprocess.CalledProcessError):
+            on_tmux(host, "kill-server")
+
+
 def test_everything_at_once_to_the_end(laptop: Laptop, hosts: list[Host]) -> None:
     host = hosts[0]
     with watching_processes() as seen:
@@ -167,8 +187,7 @@ def test_a_run_outlives_its_connection_and_goes_on_here(laptop: Laptop, hosts: l
         wait_until(lambda: bool(host.connections()), "the connection")
         for connection in host.connections():
             end_tree(connection)  # as when the network goes away, only faster
-        process.wait(timeout=60)
-        assert process.returncode != 0
+        assert exit_code(terminal, process) != 0
     held = len(records(host.root / "runs" / "long"))
     wait_until(lambda: len(records(host.root / "runs" / "long")) > held + 5, "the run to go on without connection")
 
@@ -181,8 +200,7 @@ def test_a_run_outlives_its_connection_and_goes_on_here(laptop: Laptop, hosts: l
     with attached(laptop) as (terminal, process):
         read_until(terminal, b"tokens/s")
         os.write(terminal, b"\x02d")
-        process.wait(timeout=60)
-        assert process.returncode == 0
+        assert exit_code(terminal, process) == 0
 
     laptop.just("fetch", "any_file=runs/long", cwd=laptop.root)  # while it trains
     said = laptop.just("kill-train")
@@ -213,6 +231,16 @@ def test_a_run_outlives_its_connection_and_goes_on_here(laptop: Laptop, hosts: l
     )
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((folder / "long" / "status.json").read_text())["step"] == step + 3
+    scored = subprocess.run(
+        [laptop.root / "scripts" / "eval_checkpoint.sh", "runs/long/checkpoints/latest", "Once upon"],
+        cwd=laptop.root,
+        env=laptop.variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert scored.returncode == 0 and "perplexity" in scored.stdout and "Once upon" in scored.stdout, scored.stderr
 
 
 def test_a_killed_run_is_told_from_a_running_one_and_taken_up_again(laptop: Laptop, hosts: list[Host]) -> None:
@@ -251,6 +279,13 @@ def test_a_sweep_runs_line_by_line(laptop: Laptop, hosts: list[Host]) -> None:
     wait_until(lambda: "3 runs, 1 failed" in on_tmux(host, "capture-pane", "-p"), "the end of the sweep")
     assert "3 runs, 1 failed" in laptop.just("kill-train")
 
+    # Asked to stop, it stops: the run that trains saves, and the next one does not start.
+    (laptop.root / "sweep.txt").write_text("run.name=first\nrun.name=second\n")
+    laptop.just("sweep", "overrides=sweep.txt", "config=long.toml", WANDB_MODE="offline")
+    wait_until(lambda: bool(checkpoints(host, "first")), "a checkpoint of the first run")
+    assert "stopped" in laptop.just("kill-train")
+    assert status(host, "first")["status"] == "preempted" and not (host.root / "runs" / "second").exists()
+
 
 def test_two_hosts_train_one_model(laptop: Laptop, hosts: list[Host]) -> None:
     (laptop.root / "hosts.txt").write_text(f"# name, address\n{hosts[0].name} 127.0.0.1\n{hosts[1].name}")
@@ -267,6 +302,17 @@ def test_two_hosts_train_one_model(laptop: Laptop, hosts: list[Host]) -> None:
     environment = json.loads((hosts[0].root / "runs" / "together" / "environment.json").read_text())
     assert environment["variables"]["WORLD_SIZE"] == "2"
     laptop.just("each", "hosts=hosts.txt", "kill-train")
+
+    for _ in range(2):  # the second goes on where the first was stopped
+        before = len(checkpoints(hosts[0], "longer"))
+        laptop.just(
+            *("launch", "hosts=hosts.txt", "config=long.toml", "run.name=longer", "--device", "cpu"),
+            WANDB_MODE="offline",
+            RENDEZVOUS_PORT=str(free_port()),
+        )
+        wait_until(lambda: len(records(hosts[0].root / "runs" / "longer")) > 20, "the ranks to train")
+        laptop.just("each", "hosts=hosts.txt", "kill-train")
+        assert status(hosts[0], "longer")["status"] == "preempted" and len(checkpoints(hosts[0], "longer")) >= before
 
 
 def test_without_rsync_it_travels_by_tar(laptop: Laptop, hosts: list[Host], tmp_path: Path) -> None:
