@@ -187,6 +187,26 @@ def test_bad_paths_are_refused_before_the_first_document(tmp_path: Path, name: s
         iterate_documents([tmp_path / name])
 
 
+@pytest.mark.parametrize("flaw", ["cut off", "column", "field", "field.gz"])
+def test_a_flaw_of_the_last_file_is_found_at_the_start(tmp_path: Path, flaw: str) -> None:
+    for name in ("a.parquet", "b.parquet"):
+        pq.write_table(pa.table({"text": ["x"] * 50}), tmp_path / name)
+    last = tmp_path / "z.parquet"
+    match flaw:
+        case "cut off":
+            last.write_bytes((tmp_path / "a.parquet").read_bytes()[:-5])
+        case "column":
+            pq.write_table(pa.table({"story": ["x"]}), last)
+        case "field":
+            last = tmp_path / "z.jsonl"
+            last.write_text('{"story": "x"}\n')
+        case _:
+            last = tmp_path / "z.jsonl.gz"
+            last.write_bytes(gzip.compress(b'{"story": "x"}\n'))
+    with pytest.raises(UserError, match=last.name):
+        open_local_documents(tmp_path)
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared real text is not here")
 def test_real_text_is_the_same_in_both_formats() -> None:
     for split in ("train", "val"):

@@ -19,11 +19,12 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from trainkit.data.document_sets import ShardedDocuments
 from trainkit.errors import UserError
@@ -71,7 +72,7 @@ class FileShard:
 
         Invalid UTF-8 or JSON, or a row without the field, is a `UserError` that names the file and the line.
         """
-        match self.path.name.removesuffix(".gz").rpartition(".")[2]:
+        match self._kind:
             case "jsonl":
                 return _rows(self.path, self.text_field, start)
             case "parquet":
@@ -81,9 +82,28 @@ class FileShard:
             case _:
                 return _texts(self.path, self.separator, start)
 
+    def check(self) -> None:
+        """Refuse what a short look shows: Parquet that is cut off or has no such column, a first row without the field.
+
+        A run should not find out about its last file after days.
+        """
+        match self._kind:
+            case "jsonl":
+                next(_rows(self.path, self.text_field, 0), None)
+            case "parquet":
+                with _open_parquet(self.path, self.text_field):
+                    pass
+            case _:
+                pass
+
+    @property
+    def _kind(self) -> str:
+        return self.path.name.removesuffix(".gz").rpartition(".")[2]
+
 
 def open_local_documents(path: Path | str, *, text_field: str = "text") -> ShardedDocuments:
-    """A file or folder as a data set with one shard for each file. Its content is checked as it is read.
+    """A file or folder as a data set with one shard for each file, each of them `check`ed; the rest of its content is
+    checked as it is read.
 
     The identity holds the names of the files below `path`, their order and `fingerprint`s: the folder may move.
     """
@@ -91,7 +111,10 @@ def open_local_documents(path: Path | str, *, text_field: str = "text") -> Shard
     names = [file.relative_to(path).as_posix() if file != Path(path) else file.name for file in files]
     facts = [(name, fingerprint(file)) for name, file in zip(names, files, strict=True)]
     identity = hashlib.sha256(json.dumps([facts, text_field]).encode()).hexdigest()
-    return ShardedDocuments([FileShard(file, text_field) for file in files], identity)
+    shards = [FileShard(file, text_field) for file in files]
+    for shard in shards:
+        shard.check()
+    return ShardedDocuments(shards, identity)
 
 
 def fingerprint(file: Path) -> str:
@@ -195,6 +218,25 @@ def _is_encodable(text: str) -> bool:
 
 
 def _parquet_rows(file: Path, text_field: str, start: int) -> Iterator[str]:
+    with _open_parquet(file, text_field) as table:
+        row = 0
+        for group in range(table.num_row_groups):
+            end = row + table.metadata.row_group(group).num_rows
+            if start >= end:
+                row = end
+                continue
+            for batch in table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[text_field], use_threads=False):
+                for text in batch.column(0)[max(start - row, 0) :].to_pylist():
+                    if not isinstance(text, str):
+                        kind = type(text).__name__
+                        raise UserError(f"{file}: the column '{text_field}' holds {kind} in group {group}, no string")
+                    yield text
+                row += len(batch)
+
+
+@contextmanager
+def _open_parquet(file: Path, text_field: str) -> Generator[Any]:
+    """The file, which ends with its index: one that is cut off is refused here."""
     # Half a second of import, for those alone who have such files.
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -206,23 +248,7 @@ def _parquet_rows(file: Path, text_field: str, start: int) -> Iterator[str]:
                 raise UserError(
                     f"{file} has no column '{text_field}'; it has {columns}: set text_field to the right one"
                 )
-            row = 0
-            for group in range(table.num_row_groups):
-                end = row + table.metadata.row_group(group).num_rows
-                if start >= end:
-                    row = end
-                    continue
-                for batch in table.iter_batches(
-                    _BATCH_ROWS, row_groups=[group], columns=[text_field], use_threads=False
-                ):
-                    for text in batch.column(0)[max(start - row, 0) :].to_pylist():
-                        if not isinstance(text, str):
-                            kind = type(text).__name__
-                            raise UserError(
-                                f"{file}: the column '{text_field}' holds {kind} in group {group}, no string"
-                            )
-                        yield text
-                    row += len(batch)
+            yield table
     except (pa.ArrowException, UnicodeDecodeError) as error:
         message = " ".join(str(error).split())
         raise UserError(f"{file} is not a sound Parquet file ({message}); fetch it again") from error
