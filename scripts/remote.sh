@@ -25,9 +25,9 @@ main() {
     shift
     for word in "$@"; do
         case $word in
-            # An empty value is that of a variable of the Justfile that was not given.
+            # The Justfile's variables come first, so that what stands after the recipe wins.
             config=* | extra=* | command=* | args=* | any_file=* | hosts=* | overrides=* | data=*)
-                [[ -z ${word#*=} ]] || printf -v "${word%%=*}" %s "${word#*=}"
+                printf -v "${word%%=*}" %s "${word#*=}"
                 ;;
             *) words+=("$word") ;;
         esac
