@@ -1,4 +1,4 @@
-"""Streams in real processes: ranks that share nothing but files, and a run that is killed again and again."""
+"""Data in real processes: ranks that share nothing but files, and a run that is killed again and again."""
 
 from __future__ import annotations
 
@@ -22,11 +22,17 @@ import pytest
 
 from tests.trainkit.streams import LENGTH, MOST_TOKENS, SAMPLES, Samples, collect, make_source, text
 from trainkit.data.documents import open_local_documents
+from trainkit.data.megatron import IndexedTokens
+from trainkit.data.megatron_writer import IndexedWriter
+from trainkit.data.orders import build_order
 from trainkit.data.prefetch import prefetch
+from trainkit.data.windows import MegatronSource
+from trainkit.loop import Source
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([__name__])
 LANES = 4
+STEPS = 15
 
 
 def write_parquet(folder: Path, count: int, *, files: int, tokens: int) -> Path:
@@ -49,10 +55,30 @@ def start(target: Callable[..., None], *arguments: Any) -> Any:
 # -- ranks -------------------------------------------------------------------------------------------------------------
 
 
-def train_rank(folder: Path, out: Path, packing: str, rank: int, size: int, states: Any, steps: int) -> None:
-    source = make_source(
-        open_local_documents(folder), packing, rank=rank, world_size=size, workers=size % 3, device_batch_size=rank + 3
-    )
+def write_data(folder: Path, pipeline: str) -> Path:
+    """Parquet, fewer files than ranks, or token files."""
+    if pipeline not in ("stable", "megatron"):
+        return write_parquet(folder, 150, files=2, tokens=40)
+    lengths = np.random.default_rng(1).integers(0, 41, 150)
+    with IndexedWriter(folder / "x", "uint16") as writer:
+        writer.add(np.arange(lengths.sum()), lengths)
+    return folder
+
+
+def open_source(folder: Path, pipeline: str, rank: int, size: int) -> Source:
+    shared: dict[str, Any] = {"rank": rank, "world_size": size, "device_batch_size": rank + 3}
+    match pipeline:
+        case "stable" | "megatron":
+            tokens = [IndexedTokens.open(folder / "x")]
+            settings = {"context_length": LENGTH, "seed": 5, "num_samples": STEPS * SAMPLES}
+            order = build_order(pipeline, tokens, [], **settings)
+            return MegatronSource(order=order, samples_per_step=SAMPLES, **shared)
+        case _:
+            return make_source(open_local_documents(folder), pipeline, workers=size % 3, **shared)
+
+
+def train_rank(folder: Path, out: Path, pipeline: str, rank: int, size: int, states: Any, steps: int) -> None:
+    source = open_source(folder, pipeline, rank, size)
     samples: Samples = {}
     state: Any = None
     with closing(prefetch(source.steps(states), size - 1)) as stream:
@@ -67,9 +93,9 @@ def train_rank(folder: Path, out: Path, packing: str, rank: int, size: int, stat
     out.write_text(json.dumps(content))
 
 
-def train_ranks(tmp_path: Path, folder: Path, packing: str, size: int, states: Any, steps: int) -> Any:
+def train_ranks(tmp_path: Path, folder: Path, pipeline: str, size: int, states: Any, steps: int) -> Any:
     outs = [tmp_path / f"rank-{rank}.json" for rank in range(size)]
-    ranks = [start(train_rank, folder, out, packing, rank, size, states, steps) for rank, out in enumerate(outs)]
+    ranks = [start(train_rank, folder, out, pipeline, rank, size, states, steps) for rank, out in enumerate(outs)]
     for process in ranks:
         process.join()
         assert process.exitcode == 0
@@ -78,17 +104,17 @@ def train_ranks(tmp_path: Path, folder: Path, packing: str, size: int, states: A
     return samples, [content["state"] for content in contents]
 
 
-@pytest.mark.parametrize("packing", ["concatenate", "best_fit", "rows"])
-def test_processes_of_any_number_of_ranks_train_on_the_same_samples(tmp_path: Path, packing: str) -> None:
-    """Fewer files than ranks, a third of the way with each number of them."""
-    folder = write_parquet(tmp_path / "data", 150, files=2, tokens=40)
-    whole, _ = train_ranks(tmp_path, folder, packing, 1, None, 15)
+@pytest.mark.parametrize("pipeline", ["concatenate", "best_fit", "rows", "stable", "megatron"])
+def test_processes_of_any_number_of_ranks_train_on_the_same_samples(tmp_path: Path, pipeline: str) -> None:
+    """A third of the way with each number of them, over several epochs."""
+    folder = write_data(tmp_path / "data", pipeline)
+    whole, _ = train_ranks(tmp_path, folder, pipeline, 1, None, STEPS)
     samples: list[Any] = []
     states = None
     for size in (2, 4, 1):
-        part, states = train_ranks(tmp_path, folder, packing, size, states, 5)
+        part, states = train_ranks(tmp_path, folder, pipeline, size, states, STEPS // 3)
         samples += part
-    assert samples == whole and len(whole) == 15 * SAMPLES
+    assert samples == whole and len(whole) == STEPS * SAMPLES
 
 
 # -- kills -------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from trainkit.data.megatron import IndexedTokens, bin_path, idx_path
 from trainkit.data.megatron_writer import IndexedWriter
 from trainkit.data.orders import StableOrder, build_order, gather_windows
+from trainkit.data.prefetch import prefetch
+from trainkit.data.specs import OrderName
 from trainkit.data.windows import MegatronSource
 from trainkit.errors import UserError
 
@@ -135,6 +138,26 @@ def test_resuming_continues_identically_with_other_ranks(data: IndexedTokens, at
     state = json.loads(json.dumps(states[at - 1])) if at else None
     resumed = [source(data, rank=rank, world_size=4, device_batch_size=2) for rank in range(4)]
     assert run(resumed, 20 - at, state) == undisturbed[at:]
+
+
+@pytest.mark.parametrize("order", ["stable", "megatron"])
+def test_ten_resumes_with_other_numbers_of_ranks_change_nothing(data: IndexedTokens, order: OrderName) -> None:
+    dice = random.Random(order)
+    pieces = [dice.randint(1, 5) for _ in range(11)]
+    samples = build_order(order, [data], [], context_length=LENGTH, seed=1, num_samples=10 * sum(pieces))
+
+    def ranks(size: int) -> list[MegatronSource]:
+        shared = {"order": samples, "samples_per_step": 10, "world_size": size}
+        return [MegatronSource(**shared, rank=rank, device_batch_size=dice.randint(1, 9)) for rank in range(size)]
+
+    state, found = None, []
+    for steps in pieces:
+        sources = ranks(dice.choice([1, 2, 3, 4]))
+        found += run(sources, steps, state)
+        *_, (_, after) = islice(prefetch(sources[-1].steps([state] if state else None), dice.choice([0, 3])), steps)
+        state = json.loads(json.dumps(after))
+    assert found == run(ranks(1), sum(pieces))
+    assert [row[0] for step in found for row in step] == list(range(10 * sum(pieces)))
 
 
 def test_resuming_in_small_pieces(data: IndexedTokens) -> None:
