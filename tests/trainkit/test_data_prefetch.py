@@ -84,6 +84,28 @@ def test_the_source_is_closed_when_the_consumer_stops(depth: int) -> None:
     assert closed.is_set()
 
 
+def test_an_item_that_does_not_come_keeps_nobody_from_leaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainkit.data.prefetch._PATIENCE", 0.01)
+    network_is_back, closed = threading.Event(), threading.Event()
+
+    def items() -> Iterator[int]:
+        try:
+            yield 0
+            network_is_back.wait()
+            yield 1
+        finally:
+            closed.set()
+
+    ahead = prefetch(items(), 1)
+    assert next(ahead) == 0
+    ahead.close()
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    assert thread.daemon and not closed.is_set()
+    network_is_back.set()
+    thread.join()
+    assert closed.is_set()
+
+
 def test_dropping_the_generator_stops_the_thread() -> None:
     def consume() -> None:
         for item in prefetch(count(), 2):

@@ -9,13 +9,16 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+_PATIENCE = 10.0
+"""Seconds."""
+
 
 def prefetch(iterator: Iterator[T], depth: int) -> Generator[T]:
     """The same items in the same order, up to `depth` of them prepared ahead in a background thread; 0 = no thread.
 
     An exception of the iterator is raised where its item would have come. When the consumer stops (closes or drops the
     generator, or leaves a loop by an exception) the thread ends after the item in its hands, and the iterator is closed
-    there. The iterator belongs to the thread from the first item on: do not touch it elsewhere.
+    there; that is waited for, but not without end. The iterator belongs to the thread from the first item on: do not touch it elsewhere.
     """
     if depth == 0:
         yield from iterator
@@ -35,7 +38,8 @@ def prefetch(iterator: Iterator[T], depth: int) -> Generator[T]:
     finally:
         stopped.set()
         slots.release()
-        thread.join()
+        # It may be waiting out a trouble of the network, for a step that nobody will take any more.
+        thread.join(_PATIENCE)
 
 
 def _fill(
