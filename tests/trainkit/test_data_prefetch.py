@@ -86,11 +86,12 @@ def test_the_source_is_closed_when_the_consumer_stops(depth: int) -> None:
 
 def test_an_item_that_does_not_come_keeps_nobody_from_leaving(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainkit.data.prefetch._PATIENCE", 0.01)
-    network_is_back, closed = threading.Event(), threading.Event()
+    is_waiting, network_is_back, closed = threading.Event(), threading.Event(), threading.Event()
 
     def items() -> Iterator[int]:
         try:
             yield 0
+            is_waiting.set()
             network_is_back.wait()
             yield 1
         finally:
@@ -98,6 +99,7 @@ def test_an_item_that_does_not_come_keeps_nobody_from_leaving(monkeypatch: pytes
 
     ahead = prefetch(items(), 1)
     assert next(ahead) == 0
+    assert is_waiting.wait(10)
     ahead.close()
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "prefetch"]
     assert thread.daemon and not closed.is_set()

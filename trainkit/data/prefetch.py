@@ -18,7 +18,8 @@ def prefetch(iterator: Iterator[T], depth: int) -> Generator[T]:
 
     An exception of the iterator is raised where its item would have come. When the consumer stops (closes or drops the
     generator, or leaves a loop by an exception) the thread ends after the item in its hands, and the iterator is closed
-    there; that is waited for, but not without end. The iterator belongs to the thread from the first item on: do not touch it elsewhere.
+    there; that is waited for, but not without end. The iterator belongs to the thread from the first item on: do not
+    touch it elsewhere.
     """
     if depth == 0:
         yield from iterator
