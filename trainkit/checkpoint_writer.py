@@ -140,7 +140,7 @@ class CheckpointWriter:
         try:
             self.newest = save_checkpoint(self._store, snapshot)
             if self._mirror is not None:
-                self._mirror.wake()
+                self._mirror.wake(snapshot.trainer["step"])
         except (UserError, OSError) as error:
             return str(error)
         return None

@@ -8,10 +8,12 @@ local one: what a slow or broken network missed is made up for by the next round
 from __future__ import annotations
 
 import json
+import queue
 import secrets
 import shutil
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,14 +88,14 @@ def upload(remote: Remote, local: Path) -> None:
         raise OSError(f"{target}/{MANIFEST} has not arrived whole")
 
 
-def mirror(remote: Remote, root: Path, spec: CheckpointSpec) -> list[int]:
-    """Upload what is missing there, newest first, then prune; returns the steps uploaded.
+def mirror(remote: Remote, root: Path, spec: CheckpointSpec, fresh: Collection[int] = ()) -> list[int]:
+    """Upload what is missing there or was saved anew (`fresh`), newest first, then prune; returns the steps uploaded.
 
     What local retention deletes in the middle of its upload is left out.
     """
     local = {checkpoint_step(path): path for path in list_checkpoints(root)}
     done: list[int] = []
-    for step in sorted(local.keys() - set(remote.steps()), reverse=True):
+    for step in sorted(local.keys() - (set(remote.steps()) - set(fresh)), reverse=True):
         try:
             upload(remote, local[step])
         except (OSError, UserError):
@@ -162,12 +164,15 @@ class Mirror:
     def __init__(self, remote: Remote, root: Path, spec: CheckpointSpec) -> None:
         self._remote, self._root, self._spec = remote, root, spec
         self._woken, self._is_closing = threading.Event(), False
+        self._saved: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._fresh: set[int] = set()
         self._texts: list[str] = []
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._thread.start()
 
-    def wake(self) -> None:
-        """There is a new checkpoint."""
+    def wake(self, step: int) -> None:
+        """There is a new checkpoint; what the remote side has of that step, maybe damaged, is not trusted."""
+        self._saved.put(step)
         self._woken.set()
 
     def messages(self) -> list[str]:
@@ -194,8 +199,10 @@ class Mirror:
         self._round("the local one is whole")
 
     def _round(self, outlook: str) -> bool:
+        self._fresh |= {self._saved.get() for _ in range(self._saved.qsize())}
         try:
-            mirror(self._remote, self._root, self._spec)
+            mirror(self._remote, self._root, self._spec, self._fresh)
+            self._fresh.clear()
         except Exception as error:  # whatever a file system of somebody else's raises
             self._texts.append(f"cannot upload a checkpoint to {self._remote.url} ({error}); {outlook}")
             return False

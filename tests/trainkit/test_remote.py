@@ -92,6 +92,20 @@ def test_damage_there_is_named_and_passed_over(tmp_path: Path, url: str) -> None
     assert [entry.name for entry in place.root.iterdir()] == ["step-00000001"]
 
 
+def test_damage_there_is_made_good_when_the_run_comes_to_its_step_again(tmp_path: Path, url: str) -> None:
+    place, remote = store(tmp_path / "near", url, keep_last=9), open_remote(url)
+    for step in (1, 4):
+        save_checkpoint(place, state(step))
+    mirror(remote, place.root, place.spec)
+    overwrite(remote, "step-00000004/model.safetensors", lambda data: data[:-1] + b"x")
+    shutil.rmtree(place.root)
+    assert choose_beginning(place).path.name == "step-00000001"
+    with CheckpointWriter(place) as writer:
+        writer.save(state(4))
+    path, problems = fetch_newest(remote, tmp_path / "other")
+    assert path is not None and path.name == "step-00000004" and not problems
+
+
 def test_a_damaged_checkpoint_here_gives_way_to_the_intact_one_there(tmp_path: Path, url: str) -> None:
     place, remote = store(tmp_path / "near", url), open_remote(url)
     path = save_checkpoint(place, state(1))
