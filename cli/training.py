@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cli.data_sources import RunData, open_run_data, pinned_revision
+from cli.rehearsal import rehearsed
 from cli.validation import MAIN, build_evaluator
 from config.loading import resolved
 from config.schemas import TrainConfig
@@ -41,12 +42,12 @@ from trainkit.run_directory import (
 from trainkit.task import RunFacts
 from trainkit.watchdog import Watchdog
 from transformerlm.inference.predictor import Predictor
-from transformerlm.models.build import create_model
+from transformerlm.models.build import create_model, empty_model
 from transformerlm.models.files import write_model_json
 from transformerlm.models.sizes import flops_per_token
 from transformerlm.models.specs import Mode
 from transformerlm.models.transformer import Transformer
-from transformerlm.objectives.build import NoiseContext, build_objective, passes_per_token, reading_of
+from transformerlm.objectives.build import NoiseContext, Objective, build_objective, passes_per_token, reading_of
 from transformerlm.tokenizer.text_ids import checked_mask_id, ids_without_text
 from transformerlm.tokenizer.tokenizer import Tokenizer
 
@@ -89,6 +90,9 @@ def train_from_config(
     with open_world(config.training) as world, catch_interrupts() as interrupts, ExitStack() as held:
         main_first(prepare, world)
         config = for_this_machine(config)
+        is_sought = not config.training.device_batch_size
+        config = _rehearsed(config, world)
+        notes = [f"training.device_batch_size is {config.training.device_batch_size}"] if is_sought else []
         revision = main_first(lambda: pinned_revision(config.data, read_config(directory)), world)
         ingredients = open_ingredients(config, revision)
 
@@ -105,19 +109,41 @@ def train_from_config(
 
         main_first(claim, world)
         with _status_of(directory, world) as report:
-            result = _train(ingredients, directory, world, interrupts, new_horizon=new_horizon)
+            result = _train(ingredients, directory, world, interrupts, notes, new_horizon=new_horizon)
             report(result)
     return result
 
 
 def for_this_machine(config: TrainConfig) -> TrainConfig:
-    """Replace `auto` where it decides about numbers; a run that exists keeps what it began with."""
-    if config.training.precision != "auto":
+    """Replace `auto` where it decides about numbers; a run that exists keeps what it began with.
+
+    A new run's `training.device_batch_size = 0` remains: only a trial can tell.
+    """
+    training = config.training
+    if training.precision != "auto" and training.device_batch_size:
         return config
-    began_with = read_config(run_directory(config)).get("training", {}).get("precision")
-    device = choose_device(config.training.device, local_rank=0)
-    precision = began_with or resolve_precision("auto", device)
-    return config.model_copy(update={"training": replace(config.training, precision=precision)})
+    began_with = read_config(run_directory(config)).get("training", {})
+    precision, rows = training.precision, training.device_batch_size
+    if precision == "auto":
+        device = choose_device(training.device, local_rank=0)
+        precision = began_with.get("precision") or resolve_precision("auto", device)
+    rows = rows or began_with.get("device_batch_size", 0)
+    return config.model_copy(update={"training": replace(training, precision=precision, device_batch_size=rows)})
+
+
+def _rehearsed(config: TrainConfig, world: World) -> TrainConfig:
+    """Tried on made-up text, before a byte of the data is asked for."""
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    objective = task_of(config, tokenizer, world.device)
+
+    def build() -> Transformer:
+        model = empty_model(config.model, vocab_size=tokenizer.vocab_size, device=world.device)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(0.01)
+        return _recomputing(model, config)
+
+    return rehearsed(config, objective, world, build)
 
 
 def recorded(ingredients: Ingredients) -> dict[str, Any]:
@@ -152,10 +178,15 @@ def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
 
 
 def _train(
-    ingredients: Ingredients, directory: Path, world: World, interrupts: Interrupts, *, new_horizon: bool
+    ingredients: Ingredients,
+    directory: Path,
+    world: World,
+    interrupts: Interrupts,
+    notes: list[str],
+    *,
+    new_horizon: bool,
 ) -> Result:
     config, tokenizer = ingredients.config, ingredients.tokenizer
-    notes: list[str] = []
     store = CheckpointStore(
         directory / "checkpoints", config.checkpoint, _asset_writer(config, tokenizer), notes.append
     )
@@ -205,7 +236,7 @@ def compose(
 ) -> Run:
     """All that the loop needs."""
     config, tokenizer = ingredients.config, ingredients.tokenizer
-    objective = build_objective(config.objective, config.model, _noise(config, tokenizer, world.device))
+    objective = task_of(config, tokenizer, world.device)
     return Run(
         model=_create_model(config, tokenizer),
         task=objective,
@@ -226,8 +257,16 @@ def compose(
     )
 
 
+def task_of(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Objective:
+    """What the run trains for."""
+    return build_objective(config.objective, config.model, _noise(config, tokenizer, device))
+
+
 def _create_model(config: TrainConfig, tokenizer: Tokenizer) -> Transformer:
-    model = create_model(config.model, vocab_size=tokenizer.vocab_size, seed=config.run.seed)
+    return _recomputing(create_model(config.model, vocab_size=tokenizer.vocab_size, seed=config.run.seed), config)
+
+
+def _recomputing(model: Transformer, config: TrainConfig) -> Transformer:
     if config.training.activation_checkpointing == "blocks":
         model.recompute_blocks()
     return model

@@ -115,6 +115,11 @@ class Experiment(Schema):
                 f"objective.kind ({self.objective.kind!r}) must be training.objective ({self.training.objective!r}): "
                 "set only the latter"
             )
+        if self.distributed.reduction == "tree" and not self.training.device_batch_size:
+            raise ValueError(
+                'training.device_batch_size = 0 does not go with distributed.reduction = "tree", where the number '
+                "decides about bits: choose one"
+            )
         for name in self.data.validation_sets:
             if name in RESERVED_SETS or not SET_NAME.fullmatch(name):
                 raise ValueError(

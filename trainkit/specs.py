@@ -27,8 +27,9 @@ class TrainingSpec:
     context_length_divisors: tuple[tuple[Annotated[int, Ge(0)], Annotated[int, Ge(1)]], ...] = ()
     """Pairs (step, divisor): from that step on each window of text is cut into so many shorter ones, for instance
     `[[0, 4], [1000, 2], [2000, 1]]`."""
-    device_batch_size: Annotated[int, Ge(1)] = 8
-    """Samples of one forward and backward pass on one device; gradients accumulate until the step is complete."""
+    device_batch_size: Annotated[int, Ge(0)] = 8
+    """Samples of one forward and backward pass on one device; gradients accumulate until the step is complete. 0 finds
+    the most that fit on CUDA, by trials before the run, and is 8 elsewhere; the run records the number."""
     log_every: Annotated[int, Ge(1)] = 10
     """Steps between two training records."""
     eval_every: Annotated[int, Ge(0)] = 250
