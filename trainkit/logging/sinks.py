@@ -35,7 +35,10 @@ class BackgroundSink:
         self.name = name
         self.dropped = 0
         """Records that the sink was too slow for."""
-        self._queue: queue.Queue[Record | None] = queue.Queue(queue_size)
+        # Not `queue.Queue`: the run would wait for its lock while the sink's thread, which holds it, waits for the
+        # interpreter; one millisecond a record.
+        self._queue: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
+        self._queue_size = queue_size
         self._problems: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(open_sink,), name=f"sink-{name}", daemon=True)
         self._thread.start()
@@ -63,13 +66,11 @@ class BackgroundSink:
             self._problems.put(f"the {self.name} sink was too slow and missed {self.dropped:,} records")
 
     def _put(self, item: Record | None) -> None:
-        while True:
-            try:
-                return self._queue.put_nowait(item)
-            except queue.Full:
-                with suppress(queue.Empty):
-                    self._queue.get_nowait()
-                    self.dropped += 1
+        if self._queue.qsize() >= self._queue_size:
+            with suppress(queue.Empty):
+                self._queue.get_nowait()
+                self.dropped += 1
+        self._queue.put(item)
 
     def _run(self, open_sink: SinkOpener) -> None:
         try:
