@@ -20,7 +20,8 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,12 @@ def newest_intact(root: Path, report: Callable[[str], None]) -> Path | None:
 
 
 def load_snapshot(path: Path) -> Snapshot:
-    """Read a verified checkpoint, tensors on the CPU."""
+    """Read a verified checkpoint, tensors on the CPU. A `UserError` when it is of an older format, or gone."""
+    with _still_there(path):
+        return _load_snapshot(path)
+
+
+def _load_snapshot(path: Path) -> Snapshot:
     trainer = json.loads((path / _TRAINER).read_text(encoding="utf-8"))
     if trainer.get("format") != FORMAT:
         raise UserError(
@@ -225,7 +231,17 @@ def load_snapshot(path: Path) -> Snapshot:
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """The weights of a verified checkpoint of any format, on the CPU."""
-    return safetensors.torch.load_file(path / _MODEL)
+    with _still_there(path):
+        return safetensors.torch.load_file(path / _MODEL)
+
+
+@contextmanager
+def _still_there(path: Path) -> Generator[None]:
+    """Another run's checkpoint may be pruned by that run between a look and the next."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} is gone: its run has pruned it meanwhile; start again, or name another") from None
 
 
 def _write_optimizer(directory: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import resource
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from trainkit.checkpoints import (
     list_checkpoints,
     load_model_tensors,
     load_snapshot,
+    load_weights,
     model_tensors,
     non_finite_tensors,
     save_checkpoint,
@@ -135,6 +138,14 @@ def test_a_format_that_is_not_ours_is_one_sentence(tmp_path: Path) -> None:
     (path / "trainer.json").write_text('{"format": 1, "step": 3}')
     with pytest.raises(UserError, match=r"format 1 and this version resumes from format 2: go on with"):
         load_snapshot(path)
+
+
+@pytest.mark.parametrize("load", [load_snapshot, load_weights])
+def test_a_checkpoint_that_its_run_prunes_meanwhile_is_one_sentence(tmp_path: Path, load: Any) -> None:
+    path = save_checkpoint(store(tmp_path), snapshot(3))
+    shutil.rmtree(path)
+    with pytest.raises(UserError, match="step-00000003 is gone: its run has pruned it"):
+        load(path)
 
 
 def test_a_large_optimizer_is_cut_between_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
