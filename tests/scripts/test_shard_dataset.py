@@ -118,8 +118,8 @@ import os, signal, sys, threading, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from scripts import shard_dataset as sharder
-from trainkit import artifacts
-sharder.ROWS_BETWEEN_NOTES = 100
+from trainkit.data import text_shards
+text_shards.ROWS_BETWEEN_NOTES = 100
 last, pause = int(sys.argv.pop(1)), float(sys.argv.pop(1))
 lock, count = threading.Lock(), 0
 def fragile(function):
@@ -133,7 +133,8 @@ def fragile(function):
         return function(*arguments, **options)
     return wrapper
 for owner, names in (
-    (sharder.Work, ("note", "append")), (sharder, ("seal_directory", "fsync_directory", "publish_file")),
+    (text_shards.Work, ("note", "append")), (sharder, ("publish_file",)),
+    (text_shards, ("seal_directory", "fsync_directory", "publish_file")),
     (os, ("fsync",)), (Path, ("rename", "replace", "unlink", "mkdir")), (sharder.shutil, ("rmtree",)),
 ):
     for name in names:
