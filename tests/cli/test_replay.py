@@ -154,3 +154,35 @@ def test_what_cannot_be_replayed_is_one_sentence(run: Path, tmp_path: Path, caps
         assert command.main(["--run", str(path), "--step", str(step)]) == code
         output = capsys.readouterr()
         assert output.out == "" and output.err.count("\n") == 1 and message in output.err, output.err
+
+
+@pytest.mark.slow
+def test_ranks_are_replayed_by_ranks_and_in_tree_mode_by_one(
+    tmp_path: Path, files: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Batches of both ranks in their order; the gradient is the step's, whoever computes it."""
+    ranks = ["distributed.processes=2", "distributed.reduction=tree", "training.device_batch_size=2"]
+    run = trained(tmp_path, files, *ranks)
+    capfd.readouterr()
+    both, alone = replayed(run, 4, capfd), replayed(run, 4, capfd, "replay.processes=1")
+    assert both["matches"] and alone["matches"] and both["samples"] == list(range(24, 32))
+    for name in ("samples", "rows", "metrics", "gradients"):
+        assert both[name] == alone[name]
+
+
+def test_a_stream_is_replayed_from_its_position(
+    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("<|endoftext|>\n".join(sample(0, index) + "\n" for index in range(40)))
+    packed = [
+        "data.pipeline_mode=packed",
+        f"data.dataset_name={tmp_path / 'text.txt'}",
+        "data.lanes=4",
+        "data.val_split=",
+    ]
+    paths = [f"run.dir={tmp_path}", "run.name=r", f"tokenizer.path={files / 'tokenizer'}", "training.log_every=1"]
+    device = ["training.device=cpu", "training.threads=1"]
+    assert train.main([*TINY, *SIZES, *KEPT, *paths, *packed, *device, "--config-name", "train_packed"]) == 0
+    capsys.readouterr()
+    report = replayed(tmp_path / "r", 4, capsys)
+    assert report["matches"] and "step-00000002" in report["beginning"] and report["rows"]
