@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn from its `metrics.jsonl`: loss, learning rate, gradient norm, throughput.
+"""The pictures of a run, drawn from its `metrics.jsonl`: loss, learning rate, norms, throughput.
 
 Figures are made without `pyplot`, which keeps global state and is not for threads.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -23,6 +25,8 @@ BLUE, ORANGE, GREY, LIGHT = "#2563a8", "#d9622b", "#6b7280", "#d7dbe0"
 SMOOTHING = 0.03
 """Half the width of the smoothing window at a point, as a share of the points before it."""
 MAX_POINTS = 1000
+MAX_NAMED_LAYERS = 8
+MAX_INSIDE_LEGEND = 4
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Steps and their finite values."""
@@ -99,11 +103,41 @@ def _draw_throughput(axes: Axes, records: Sequence[Record]) -> bool:
     return bool(len(steps))
 
 
+def _draw_layers(axes: Axes, records: Sequence[Record], *, name: str, title: str, label: str) -> bool:
+    """A curve for each layer, from dark to light in the order of the model."""
+    layers = _names(records, f"{name}/")
+    curves = [_curve(records, "norms", lambda record, layer=layer: record.get(layer)) for layer in layers]
+    drawn = [(layer, curve) for layer, curve in zip(layers, curves, strict=True) if len(curve[0])]
+    # Many layers need no name each: the first, the last and a few between tell the order.
+    named = set(np.linspace(0, max(0, len(drawn) - 1), MAX_NAMED_LAYERS).round().astype(int))
+    for index, (layer, curve) in enumerate(drawn):
+        axes.plot(
+            *curve,
+            color=colormaps["viridis"](0.9 * index / max(1, len(drawn) - 1)),
+            linewidth=1.4,
+            marker="o" if len(curve[0]) == 1 else None,
+            label=layer.removeprefix(f"{name}/") if index in named else None,
+        )
+    axes.set(title=title, ylabel=label)
+    _use_log_scale_where_it_helps(axes, np.concatenate([np.empty(0), *(values for _, (_, values) in drawn)]))
+    return bool(drawn)
+
+
 DRAWINGS: dict[str, Callable[[Axes, Sequence[Record]], bool]] = {
     "loss": _draw_loss,
     "learning_rate": _draw_learning_rate,
     "gradient_norm": _draw_gradient_norm,
     "throughput": _draw_throughput,
+    "gradient_norm_layers": partial(
+        _draw_layers, name="gradient_norm", title="Gradient norm by layer", label="L2 norm before clipping"
+    ),
+    "weight_norm_layers": partial(_draw_layers, name="weight_norm", title="Weight norm by layer", label="L2 norm"),
+    "update_ratio_layers": partial(
+        _draw_layers, name="update_ratio", title="Update by layer", label="|update| / |weights|"
+    ),
+    "activation_rms_layers": partial(
+        _draw_layers, name="activation_rms", title="Activations by layer", label="root mean square"
+    ),
 }
 """File name without `.png`, and who fills the axes; `False` = there was nothing to draw."""
 
@@ -122,7 +156,10 @@ def _draw(fill: Callable[[Axes, Sequence[Record]], bool], records: Sequence[Reco
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.02)
     axes.grid(which="both", color=LIGHT, linewidth=0.8)
-    if axes.get_legend_handles_labels()[0]:
+    handles, labels = axes.get_legend_handles_labels()
+    if len(handles) > MAX_INSIDE_LEGEND:  # many curves leave no room inside
+        axes.legend(handles[::-1], labels[::-1], frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    elif handles:
         axes.legend(frameon=False, loc="upper right")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -93,6 +93,22 @@ def test_named_validation_sets_have_curves_of_their_own() -> None:
     assert "wiki" in axes.get_legend_handles_labels()[1]
 
 
+@pytest.mark.parametrize("layers", [1, 2, 40])
+def test_norms_have_a_curve_for_each_layer_and_few_names(tmp_path: Path, layers: int) -> None:
+    records = [
+        {"kind": "norms", "step": step}
+        | {f"{name}/blocks.{i}": (i + 1.0) * step for i in range(layers) for name in ("gradient_norm", "weight_norm")}
+        for step in (100, 200)
+    ]
+    drawn = draw_plots(write_metrics(tmp_path, *records), tmp_path / "plots")
+    assert [path.name for path in drawn] == ["gradient_norm_layers.png", "weight_norm_layers.png"]
+    axes = Figure().add_subplot()
+    assert DRAWINGS["weight_norm_layers"](axes, [stamp(record) for record in records])
+    assert len(axes.lines) == layers
+    names = axes.get_legend_handles_labels()[1]
+    assert len(names) == min(layers, 8) and names[-1] == f"blocks.{layers - 1}"
+
+
 def test_a_torn_line_is_no_obstacle_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     path = write_metrics(tmp_path, training(1))
     with path.open("ab") as file:
