@@ -1,20 +1,24 @@
-"""What the training loop costs: the same null model in our loop, with default logging, and in a hand-written one.
+"""What the training loop costs over a hand-written one: on a null model, and on one of 17 million parameters.
 
     uv run python -m benchmarking.bench_loop
 
-The model is one number, so that a step is nearly nothing but the loop. Both run in turn, several times; the medians,
-their difference per step and the ratio are printed, and one JSON line last.
+The null model is one number, so that a step is nearly nothing but the loop: microseconds per step are printed, of the
+wall clock and of the processor time of the thread that trains, which a busy machine distorts less. The large model is
+an MLP: there the ratio counts, beside that of the hand-written loop to itself (A/A). All take turns, several times;
+medians are printed, and one JSON line last.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,6 @@ from trainkit.loop import Run, train
 from trainkit.specs import AdamWSpec, ConstantScheduleSpec, LoggingSpec, TrainingSpec
 from trainkit.task import Batch, Loss
 
-STEPS = 2000
 REPEATS = 5
 
 
@@ -40,67 +43,140 @@ class NullTask:
         return Loss(total / denominators["loss"], {"loss": (total.detach(), batch["valid"].sum())})
 
 
-class NullSource:
+DEFAULT = LoggingSpec()
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Per step."""
+
+    wall: float
+    thread: float
+    """Processor time of the thread that trains."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    build: Callable[[], nn.Module]
+    batch: Tensor
+    steps: int
+
+
+NULL = Workload(lambda: nn.Linear(1, 1), torch.ones(1, 1), 2000)
+LARGE = Workload(
+    lambda: nn.Sequential(
+        *(layer for _ in range(4) for layer in (nn.Linear(1024, 2048), nn.GELU(), nn.Linear(2048, 1024)))
+    ),
+    torch.ones(128, 1024),
+    8,
+)
+
+
+def our_loop(work: Workload, logging: LoggingSpec = DEFAULT) -> Seconds:
+    """`trainkit.loop.train`, writing metrics, CSV, plots and JSON lines as it does by default."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        log = open_run_log(Path(folder), logging, total_steps=work.steps)
+        source = FixedSource(work)
+        rows = len(work.batch)
+        train(
+            Run(
+                model=work.build(),
+                task=NullTask(),
+                source=source,
+                training=TrainingSpec(
+                    max_steps=work.steps, total_batch_size=rows, device_batch_size=rows, device="cpu"
+                ),
+                optimizer=AdamWSpec(),
+                schedule=ConstantScheduleSpec(),
+                world=World(rank=0, size=1, device=torch.device("cpu")),
+                log=log,
+                logging=logging,
+            )
+        )
+        log.close()
+    return source.per_step()
+
+
+class FixedSource:
+    """The same batch for ever; notes when the second step and the last one begin (the first follows a trial)."""
+
+    def __init__(self, work: Workload) -> None:
+        self._work = work
+        self._marks: list[tuple[float, float]] = []
+
     def steps(self, states: list[dict[str, Any]] | None) -> Generator[tuple[list[Batch], dict[str, Any]]]:
-        batch = {"x": torch.ones(1, 1), "valid": torch.ones(1, dtype=torch.bool)}
-        while True:
+        rows = len(self._work.batch)
+        batch = {"x": self._work.batch, "valid": torch.ones(rows, dtype=torch.bool)}
+        for number in itertools.count():
+            if number in (1, self._work.steps - 1):
+                self._marks.append((time.perf_counter(), time.thread_time()))
             yield [batch], {}
 
-
-def our_loop() -> float:
-    """Seconds per step of `trainkit.loop.train`, writing metrics, CSV, plots and JSON lines as it does by default."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        log = open_run_log(Path(folder), LoggingSpec(), total_steps=STEPS)
-        run = Run(
-            model=nn.Linear(1, 1),
-            task=NullTask(),
-            source=NullSource(),
-            training=TrainingSpec(max_steps=STEPS, total_batch_size=1, device_batch_size=1, device="cpu"),
-            optimizer=AdamWSpec(),
-            schedule=ConstantScheduleSpec(),
-            world=World(rank=0, size=1, device=torch.device("cpu")),
-            log=log,
-        )
-        start = time.perf_counter()
-        train(run)
-        seconds = time.perf_counter() - start
-        log.close()
-    return seconds / STEPS
+    def per_step(self) -> Seconds:
+        (wall, thread), (wall_end, thread_end) = self._marks
+        steps = self._work.steps - 2
+        return Seconds((wall_end - wall) / steps, (thread_end - thread) / steps)
 
 
-def hand_written_loop() -> float:
-    """Seconds per step of what one would write by hand: forward, backward, clip, update, a loss now and then."""
-    model = nn.Linear(1, 1)
+def hand_written_loop(work: Workload) -> Seconds:
+    """What one would write by hand: forward, backward, clip, update, a loss now and then."""
+    model, lines = work.build(), io.StringIO()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    batch, lines = torch.ones(1, 1), io.StringIO()
-    start = time.perf_counter()
-    for step in range(STEPS):
-        loss = model(batch).square().mean()
+    wall = thread = 0.0
+    for step in range(work.steps):
+        if step == 1:
+            wall, thread = time.perf_counter(), time.thread_time()
+        loss = model(work.batch).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 10 == 9:
             print(step, loss.item(), file=lines)
-    return (time.perf_counter() - start) / STEPS
+    steps = work.steps - 1
+    return Seconds((time.perf_counter() - wall) / steps, (time.thread_time() - thread) / steps)
+
+
+def null_model() -> dict[str, float]:
+    pairs = [(our_loop(NULL), hand_written_loop(NULL)) for _ in range(REPEATS + 1)][1:]
+    print(f"{NULL.steps} steps of a null model, median of {REPEATS} interleaved runs, one thread; µs a step")
+    result: dict[str, float] = {}
+    for kind in ("wall", "thread"):
+        ours, by_hand = (statistics.median(getattr(pair[i], kind) for pair in pairs) * 1e6 for i in (0, 1))
+        print(f"  {kind:7} trainkit {ours:7.1f}  by hand {by_hand:7.1f}  overhead {ours - by_hand:7.1f}")
+        result |= {f"{kind}_ours_us": ours, f"{kind}_hand_us": by_hand}
+    return result
+
+
+def large_model() -> dict[str, float]:
+    norms = LoggingSpec(norms_every=1)
+    both = LoggingSpec(norms_every=1, activation_norms=True)
+    rounds = [
+        [
+            hand_written_loop(LARGE),
+            our_loop(LARGE),
+            hand_written_loop(LARGE),
+            our_loop(LARGE, norms),
+            our_loop(LARGE, both),
+        ]
+        for _ in range(REPEATS)
+    ]
+    size = sum(p.numel() for p in LARGE.build().parameters())
+    print(
+        f"{LARGE.steps} steps of {size / 1e6:.1f}M parameters, {REPEATS} rounds; time over that by hand, median (range)"
+    )
+    result: dict[str, float] = {}
+    for name, index in (("A/A", 2), ("trainkit", 1), ("with norms at every step", 3), ("and activations", 4)):
+        ratios = sorted(round_[index].wall / round_[0].wall for round_ in rounds)
+        median = statistics.median(ratios)
+        print(f"  {name:26} {median:.3f}  ({ratios[0]:.3f} to {ratios[-1]:.3f})")
+        result[name] = median
+    return result
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    ours: list[float] = []
-    by_hand: list[float] = []
-    # The first call of each pays for imports and allocator warm-up.
-    our_loop()
-    hand_written_loop()
-    for _ in range(REPEATS):
-        ours.append(our_loop())
-        by_hand.append(hand_written_loop())
-    a, b = statistics.median(ours), statistics.median(by_hand)
-    print(f"{STEPS} steps of a null model, median of {REPEATS} interleaved runs, one thread")
-    print(f"  trainkit loop      {a * 1e6:8.1f} µs a step")
-    print(f"  hand-written loop  {b * 1e6:8.1f} µs a step")
-    print(f"  overhead           {(a - b) * 1e6:8.1f} µs a step, ratio {a / b:.2f}")
-    print(json.dumps({"ours_us": a * 1e6, "hand_us": b * 1e6, "overhead_us": (a - b) * 1e6, "ratio": a / b}))
+    print(json.dumps(null_model() | large_model()))
 
 
 if __name__ == "__main__":
