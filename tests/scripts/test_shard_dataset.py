@@ -20,6 +20,7 @@ from tests.trainkit.fake_hub import Dataset, running
 from tests.trainkit.hub_cases import SHA, jsonl, zipped
 from trainkit.artifacts import read_manifest, verify_directory
 from trainkit.data.documents import open_local_documents
+from trainkit.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = [sys.executable, str(ROOT / "scripts" / "shard_dataset.py")]
@@ -239,6 +240,21 @@ def test_bad_sources_are_one_sentence(source: Path, tmp_path: Path) -> None:
     (empty / "a.jsonl").write_bytes(b"")
     with pytest.raises(shard_dataset.UserError, match="holds no document"):
         shard_dataset.shard(settings(empty), tmp_path / "p", "exp", workers=1, say=lambda line: None)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "missing"])
+def test_shards_that_were_not_copied_completely_are_refused(source: Path, tmp_path: Path, damage: str) -> None:
+    whole = settings(source, gzip=True, val_fraction=0.0)
+    shard_dataset.shard(whole, tmp_path / "o", "exp", workers=1, say=lambda line: None)
+    last = sorted((tmp_path / "o" / "train" / "exp").glob("*.gz"))[-1]
+    assert open_local_documents(last.parent).shards
+    if damage == "missing":
+        last.unlink()
+    else:
+        last.write_bytes(last.read_bytes()[:-1])
+    for folder in (last.parent, last.parent.parent):
+        with pytest.raises(UserError, match=rf"{last.name} has \w+ bytes where manifest.json says"):
+            open_local_documents(folder)
 
 
 def test_a_hub_data_set_stays_at_its_commit(tmp_path: Path) -> None:

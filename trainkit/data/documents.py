@@ -26,7 +26,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from trainkit.artifacts import is_sealed, read_manifest
 from trainkit.data.document_sets import ShardedDocuments
+from trainkit.data.text_shards import KIND
 from trainkit.errors import UserError
 
 END_OF_TEXT_LINE = "<|endoftext|>"
@@ -108,6 +110,9 @@ def open_local_documents(path: Path | str, *, text_field: str = "text") -> Shard
     The identity holds the names of the files below `path`, their order and `fingerprint`s: the folder may move.
     """
     files = list_files([path])
+    if Path(path).is_dir():
+        for folder in sorted({file.parent for file in files}):
+            _check_sealed(folder)
     names = [file.relative_to(path).as_posix() if file != Path(path) else file.name for file in files]
     facts = [(name, fingerprint(file)) for name, file in zip(names, files, strict=True)]
     identity = hashlib.sha256(json.dumps([facts, text_field]).encode()).hexdigest()
@@ -115,6 +120,20 @@ def open_local_documents(path: Path | str, *, text_field: str = "text") -> Shard
     for shard in shards:
         shard.check()
     return ShardedDocuments(shards, identity)
+
+
+def _check_sealed(folder: Path) -> None:
+    """Refuse shards of `trainkit.data.text_shards` of which a file is missing or has another size than their manifest
+    says: what a copy that broke off leaves."""
+    if not is_sealed(folder, kind=KIND):
+        return
+    for name, expected in read_manifest(folder)["files"].items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else "no"
+        if size != expected["bytes"]:
+            raise UserError(
+                f"{folder / name} has {size} bytes where manifest.json says {expected['bytes']}: it was not copied "
+                "completely; fetch it again"
+            )
 
 
 def fingerprint(file: Path) -> str:
