@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarking import compare_objectives
+from cli import compare_objectives
 from cli.pipeline import main as pipeline
 from config.loading import load, shipped
 from config.schemas import PipelineConfig

@@ -1,7 +1,7 @@
 """One table of runs by their likelihood on the same stories of the grammar, beside the grammar's own.
 
-    uv run python -m benchmarking.compare_objectives runs/quickstart runs/quickstart_diffusion runs/quickstart_dual
-    uv run python -m benchmarking.compare_objectives RUNS --write README.md     # between the marks in that file
+    uv run python -m cli.compare_objectives runs/quickstart runs/quickstart_diffusion runs/quickstart_dual
+    uv run python -m cli.compare_objectives RUNS --write README.md     # between the marks in that file
 
 Every way in which a run's model can be asked has a row: next tokens exactly; the bound over all orders of lifting
 masks, with its error; one order, from left to right, exactly. The excess is the model's nats above the grammar's, of
