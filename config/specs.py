@@ -223,9 +223,10 @@ class FilesEvaluationDataSpec:
 
     kind: Literal["files"] = "files"
     paths: tuple[NotEmpty, ...]
-    """`.jsonl` (a document per row) or `.txt` (documents between `<|endoftext|>` lines)."""
+    """Files or folders: `.jsonl` and `.parquet` (a document per row), `.lines` (one per line) and `.txt` (documents
+    between `<|endoftext|>` lines); all but Parquet also compressed with gzip."""
     text_field: NotEmpty = "text"
-    """Field of a row that holds its text."""
+    """Field or column of a row that holds its text."""
 
 
 @dataclass(frozen=True, kw_only=True)
