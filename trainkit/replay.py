@@ -84,7 +84,8 @@ def replay_step(run: Run, step: int, begin: Snapshot | None) -> Replayed:
     """
     if run.distributed.strategy == "fsdp" and run.world.size > 1:
         raise UserError(
-            'distributed.strategy = "fsdp" leaves no rank with a whole gradient: replay it on one process, replay.processes=1',
+            'distributed.strategy = "fsdp" leaves no rank with a whole gradient: replay it on one process '
+            "(replay.processes=1)",
             EXIT_USAGE,
         )
     source = _Positions(run.source)
