@@ -108,8 +108,7 @@ def laptop(hosts: list[Host], simplestories: str, tmp_path_factory: pytest.TempP
         text = TINY.format(base="config/resources/simplestories.toml", steps=steps)
         (root / name).write_text(text.replace('"tiny"', f'"{Path(name).stem}"'))
     (root / "env" / "wandb.env").write_text(f"WANDB_API_KEY={KEY}\n")
-    machine = "".join(f"{name}={value}\n" for name, value in shared_environment().items())
-    (root / "env" / "machine.env").write_text(machine)
+    (root / "env" / "machine.env").write_text("TRANSFORMERLM_LOG=info\n")
     home = root.parent / "home"
     home.mkdir()
     path = os.pathsep.join([*tool_folders(), "/usr/local/bin", "/usr/bin", "/bin"])

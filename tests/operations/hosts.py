@@ -64,6 +64,7 @@ def open_host(folder: Path, name: str, root: Path, key: Path) -> Generator[Host]
         "TMUX_TMPDIR": sockets,
         "HISTFILE": home / ".bash_history",
         "OMP_NUM_THREADS": "1",
+        **shared_environment(),
     }
     settings = " ".join(f'"{variable}={value}"' for variable, value in variables.items())
     configuration = folder / f"{name}.sshd_config"

@@ -247,7 +247,7 @@ def test_a_killed_run_is_told_from_a_running_one_and_taken_up_again(laptop: Lapt
     host = hosts[0]
     (laptop.root / "mortal.toml").write_text(TINY.format(base="config/resources/simplestories.toml", steps=100_000))
     laptop.just("bootstrap-remote")
-    laptop.just("data-remote", "--no-bins")
+    laptop.just("data-remote")
     laptop.just("train", "config=mortal.toml", "run.name=mortal", WANDB_MODE="offline")
     wait_until(lambda: len(checkpoints(host, "mortal")) > 0, "a checkpoint")
     assert "mortal  running" in laptop.just("list-runs")
