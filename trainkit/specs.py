@@ -189,20 +189,6 @@ class CheckpointSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WandbSpec:
-    """Weights & Biases. A resumed run continues there too: its id is kept in the run directory."""
-
-    mode: Literal["off", "online", "offline"] = "off"
-    """`offline` writes below the run directory, for `wandb sync` later; `online` needs `WANDB_API_KEY` or a login."""
-    project: str = ""
-    """Name of the project; empty = what `WANDB_PROJECT` says, else `uncategorized`."""
-    entity: str = ""
-    """User or team; empty = the account's own."""
-    artifacts: bool = False
-    """At the end, also send the newest checkpoint as an artifact."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoggingSpec:
     """Where records go besides `metrics.jsonl`, which is always written."""
 
@@ -218,5 +204,12 @@ class LoggingSpec:
     """Steps between two records of norms: gradients, weights and updates of each layer; 0 = none."""
     activation_norms: bool = False
     """With the norms, measure the output of each layer as well; not with `training.compile`."""
-    wandb: WandbSpec = WandbSpec()
-    """Send the records to Weights & Biases."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Send the records to Weights & Biases: `online` needs `WANDB_API_KEY` or a login; `offline` writes below the run
+    directory, for `wandb sync` later. A resumed run continues there too."""
+    wandb_project: str = ""
+    """Name of the project there; empty = what `WANDB_PROJECT` says, else `uncategorized`."""
+    wandb_entity: str = ""
+    """User or team there; empty = the account's own."""
+    wandb_artifacts: bool = False
+    """At the end, also send the newest checkpoint there as an artifact."""

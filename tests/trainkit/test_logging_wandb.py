@@ -19,7 +19,7 @@ from trainkit.logging.records import Record, read_records
 from trainkit.logging.run_log import open_run_log
 from trainkit.logging.wandb import WandbSink, run_id
 from trainkit.logging.wandb_process import _send  # pyright: ignore[reportPrivateUsage]
-from trainkit.specs import LoggingSpec, WandbSpec
+from trainkit.specs import LoggingSpec
 
 pytest.importorskip("wandb")
 
@@ -54,7 +54,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("offline")
 def test_offline_the_real_client_writes_and_a_resumed_run_keeps_its_id(tmp_path: Path) -> None:
-    spec = LoggingSpec(console="off", csv=False, plots=False, wandb=WandbSpec(mode="offline", artifacts=True))
+    spec = LoggingSpec(console="off", csv=False, plots=False, wandb="offline", wandb_artifacts=True)
     latest = tmp_path / "checkpoints" / "latest"
     latest.mkdir(parents=True)
     (latest / "model.safetensors").write_bytes(b"weights")
@@ -99,10 +99,10 @@ import sys
 from pathlib import Path
 from trainkit.logging.run_log import open_run_log
 from trainkit.logging.wandb import WandbSink
-from trainkit.specs import LoggingSpec, WandbSpec
+from trainkit.specs import LoggingSpec
 
 spec, directory = LoggingSpec(console="off", csv=False, plots=False), Path(sys.argv[1])
-sink = lambda: WandbSink(directory, WandbSpec(mode="online"), finish_seconds=2.0)
+sink = lambda: WandbSink(directory, LoggingSpec(wandb="online"), finish_seconds=2.0)
 log = open_run_log(directory, spec, total_steps=10, sinks={"wandb": sink})
 for step in range(30_000):
     log.write({"kind": "train", "step": step, "loss": 1.0})
@@ -132,7 +132,7 @@ def test_the_other_process_ends_in_time_whatever_hangs(
     server, came = black_hole
     monkeypatch.setenv("WANDB_BASE_URL", server)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    sink = WandbSink(tmp_path, WandbSpec(mode="online"), finish_seconds=1.0)
+    sink = WandbSink(tmp_path, LoggingSpec(wandb="online"), finish_seconds=1.0)
     assert came.wait(60)
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"see .*output.txt"):

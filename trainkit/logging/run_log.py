@@ -144,6 +144,6 @@ def _sinks_of(directory: Path, spec: LoggingSpec, total_steps: int, continue_at:
         sinks["tensorboard"] = lambda: TensorboardSink(directory / TENSORBOARD_DIRECTORY, first_step)
     if spec.plots:
         sinks["plots"] = lambda: PlotSink(metrics, directory / PLOTS_DIRECTORY)
-    if spec.wandb.mode != "off":
-        sinks["wandb"] = lambda: WandbSink(directory, spec.wandb)
+    if spec.wandb != "off":
+        sinks["wandb"] = lambda: WandbSink(directory, spec)
     return sinks

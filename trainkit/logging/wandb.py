@@ -10,13 +10,12 @@ import json
 import secrets
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from trainkit.artifacts import make_directory, publish_file
 from trainkit.logging.records import Record, encode_record
-from trainkit.specs import WandbSpec
+from trainkit.specs import LoggingSpec
 
 WANDB_DIRECTORY = "wandb"
 FINISH_SECONDS = 120.0
@@ -26,12 +25,15 @@ FINISH_SECONDS = 120.0
 class WandbSink:
     """Sends records to a run whose id is kept in `directory`, so that a resumed run continues there."""
 
-    def __init__(self, directory: Path, spec: WandbSpec, *, finish_seconds: float = FINISH_SECONDS) -> None:
+    def __init__(self, directory: Path, spec: LoggingSpec, *, finish_seconds: float = FINISH_SECONDS) -> None:
         home = directory / WANDB_DIRECTORY
         make_directory(home)
         self._output = home / "output.txt"
         settings: dict[str, Any] = {
-            **asdict(spec),
+            "mode": spec.wandb,
+            "project": spec.wandb_project,
+            "entity": spec.wandb_entity,
+            "artifacts": spec.wandb_artifacts,
             "id": run_id(home),
             "name": directory.resolve().name,
             "directory": str(directory.resolve()),
