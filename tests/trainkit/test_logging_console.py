@@ -21,15 +21,17 @@ from trainkit.logging.console import Progress, format_duration, format_rate
 from trainkit.logging.records import Record
 
 PROGRAM = """
-import sys
+import sys, time
 from contextlib import closing
 from pathlib import Path
 from trainkit.logging.run_log import open_run_log
 from trainkit.specs import LoggingSpec
 
 directory, kind, steps, timeout = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+quiet = float(sys.argv[5])
 log = open_run_log(directory, LoggingSpec(console=kind, csv=False, plots=False), total_steps=steps)
 log.message("begin")
+time.sleep(quiet)
 for step in range(1, steps + 1):
     log.write({"kind": "train", "step": step, "loss": 3.0 / step, "learning_rate": 3e-4, "tokens_per_second": 81920.0,
                "step_seconds": 0.25})
@@ -40,8 +42,11 @@ log.close(timeout)
 """
 
 
-def start(directory: Path, kind: str, steps: int, stdout: int, timeout: float = 20.0) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, str(directory), kind, str(steps), str(timeout)]
+def start(
+    directory: Path, kind: str, steps: int, stdout: int, timeout: float = 20.0, quiet: float = 0.0
+) -> subprocess.Popen[str]:
+    """A process that logs; `quiet` seconds pass before the first step."""
+    command = [sys.executable, "-c", PROGRAM, str(directory), kind, str(steps), str(timeout), str(quiet)]
     environment = {**os.environ, "TERM": "xterm-256color"}
     return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -91,10 +96,10 @@ def test_a_reader_that_does_not_read_does_not_stop_the_run(tmp_path: Path, kind:
         assert "the console sink did not finish in time" in content
 
 
-def run_on_terminal(directory: Path, kind: str, steps: int, width: int) -> str:
+def run_on_terminal(directory: Path, kind: str, steps: int, width: int, quiet: float = 0.0) -> str:
     main, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-    with start(directory, kind, steps, terminal) as process:
+    with start(directory, kind, steps, terminal, quiet=quiet) as process:
         os.close(terminal)
         shown = b""
         try:
@@ -123,6 +128,13 @@ def test_a_terminal_shows_progress_and_what_happened(tmp_path: Path, width: int)
     # A sample is text: no markup, no emoji, and no command to the terminal.
     assert "Once [bold]upon[/bold] \ufffd[2J日 :smile:" in plain
     assert shown.rindex("\x1b[?25h") > shown.rfind("\x1b[?25l")
+
+
+def test_the_line_moves_before_there_is_anything_to_say(tmp_path: Path) -> None:
+    shown = run_on_terminal(tmp_path, "auto", 2, 100, quiet=4.0)
+    frames = set(re.findall(r"([\u2800-\u28ff]) step 0/2 ", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)))
+    assert len(frames) > 1  # a spinner that turned
+    assert "step 2/2" in shown
 
 
 step = st.integers(0, 10**9)
