@@ -26,6 +26,9 @@ from transformerlm.tokenizer.vocabulary import BYTES, Vocabulary
 
 Ids: TypeAlias = NDArray[Any]
 
+_join = bytearray().join
+"""Gives a new `bytearray`, which an array of ids may write into."""
+
 
 def dtype_of_ids(vocabulary: Vocabulary) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.uint32)
@@ -51,7 +54,7 @@ class PlainEncoder:
         pieces = text.split(" ")
         pieces[0] = " " + pieces[0]
         try:
-            return np.frombuffer(bytearray().join(map(self._ids_of_piece, pieces)), self._dtype)
+            return np.frombuffer(_join(map(self._ids_of_piece, pieces)), self._dtype)
         except KeyError:
             return None
 

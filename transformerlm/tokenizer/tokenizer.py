@@ -149,7 +149,7 @@ class Tokenizer:
         A long text is shared among `threads` (0 = all cores), which does not change its ids.
         """
         is_short = len(text) <= SHORT_TEXT
-        if is_short and isinstance(text, str) and disallowed_special == "none" and allowed_special in ("all", "none"):
+        if is_short and disallowed_special == "none" and allowed_special in ("all", "none") and type(text) is str:
             ids = self._plain.encode_short(text)
             if ids is not None:
                 return ids
