@@ -67,7 +67,7 @@ LARGE = Workload(
     lambda: nn.Sequential(
         *(layer for _ in range(4) for layer in (nn.Linear(1024, 2048), nn.GELU(), nn.Linear(2048, 1024)))
     ),
-    torch.ones(128, 1024),
+    torch.ones(64, 1024),
     6,
 )
 
