@@ -125,21 +125,37 @@ def test_a_kill_loses_no_written_record(tmp_path: Path) -> None:
     assert len(steps) > told[-1]
 
 
-def test_a_full_disk_leaves_whole_records_and_one_sentence(tmp_path: Path) -> None:
+WITHOUT_ROOM = """
+import resource, signal, sys
+from trainkit.errors import UserError
+from trainkit.logging.jsonl import MetricsFile
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+file = MetricsFile(sys.argv[1])
+for step in range(100):
+    file.write({'kind': 'train', 'step': step, 'time': 0.0, 'loss': 0.1})
+print(bool(file.trouble), open(sys.argv[1], 'rb').read().endswith(b'\\n'))
+if sys.argv[2] == 'room again':
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    file.write({'kind': 'train', 'step': 100, 'time': 0.0, 'loss': 0.1})
+    print(bool(file.trouble), file.offset == file.sync())
+try:
+    file.close()
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("end", ["room again", "no room"])
+def test_records_wait_while_the_disk_is_full_and_none_is_cut_or_lost(tmp_path: Path, end: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    program = (
-        "import resource, sys\n"
-        "from trainkit.errors import UserError\n"
-        "from trainkit.logging.jsonl import MetricsFile\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "file = MetricsFile(sys.argv[1])\n"
-        "try:\n"
-        "    while True: file.write({'kind': 'train', 'step': 1, 'time': 0.0, 'loss': 0.1})\n"
-        "except UserError as error:\n"
-        "    print(error, file.offset)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
-    assert f"cannot write {path}" in result.stdout and "then resume" in result.stdout
-    content = path.read_bytes()
-    assert 900 < len(content) < 1000 and content.endswith(b"\n")
-    assert result.stdout.split()[-1] == str(len(content))
+    command = [sys.executable, "-c", WITHOUT_ROOM, str(path), end]
+    result = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert result[0] == "True True"
+    if end == "room again":
+        assert result[1:] == ["False True"]
+        assert steps_of(path) == list(range(101))
+    else:
+        kept = steps_of(path)
+        assert kept == list(range(len(kept))) and 10 < len(kept) < 100
+        assert result[1].startswith(f"cannot write the last {100 - len(kept)} records of {path}")

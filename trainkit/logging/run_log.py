@@ -60,8 +60,11 @@ class FileLog:
             self.message(f"what was logged after the checkpoint moved to {abandoned.name}")
 
     def write(self, record: Mapping[str, Scalar]) -> None:
-        """Record it, with the present time. Raises `UserError` only when `metrics.jsonl` itself cannot be written."""
+        """Record it, with the present time. Raises `UserError` only when `metrics.jsonl` cannot be written at all."""
+        before = self._metrics.trouble
         self._record(stamp(record))
+        if self._metrics.trouble and not before:
+            self.message(f"{self._metrics.trouble}: training goes on, records wait in memory until there is room")
         for sink in self._sinks:
             for problem in sink.problems():
                 self.message(problem)
