@@ -120,6 +120,11 @@ def _write(text: str) -> None:
     print(text.rstrip("\n"), flush=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 document`, `2,000 documents`."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def _complain(command: Command[Any], message: str) -> None:
     print(f"{command.name}: {message}", file=sys.stderr)
 

@@ -13,7 +13,7 @@ from typing import Any
 from cli.text_sources import find_revision, held_out_texts, named_texts, training_documents
 from cli.validation import MAIN, TEST, HeldOut, HeldOutTexts, HeldOutTokens
 from config.schemas import TrainConfig
-from trainkit.data.megatron import IndexedTokens, verify
+from trainkit.data.megatron import IndexedTokens, verify_all
 from trainkit.data.orders import build_order
 from trainkit.data.prefetch import prefetch
 from trainkit.data.specs import DataSpec, MegatronDataSpec, PackedDataSpec, RowsDataSpec, StreamDataSpec
@@ -127,9 +127,8 @@ def _open_token_files(config: TrainConfig, data: MegatronDataSpec, tokenizer: To
     inputs = {"train": " ".join(one.identity for one in tokens), **_identities(validation)}
 
     def verify_files() -> None:
-        for prefix in (*prefixes, data.megatron_val_prefix, *data.validation_sets.values()):
-            if data.verify and prefix:
-                verify(prefix)
+        if data.verify:
+            verify_all(filter(None, (*prefixes, data.megatron_val_prefix, *data.validation_sets.values())))
 
     return RunData(source, validation, inputs, verify_files)
 

@@ -8,10 +8,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cli.common import Command, run_command
+from cli.common import Command, counted, run_command
 from config.loading import Loaded
 from config.schemas import MakeDataConfig
-from trainkit.errors import EXIT_USAGE, UserError
+from trainkit.errors import EXIT_INTERRUPTED, EXIT_USAGE, UserError
 
 if TYPE_CHECKING:
     from trainkit.data.splits import Split
@@ -37,11 +37,14 @@ class ProgressLine:
         now = time.monotonic()
         if self._first is None:
             self._first = tokens  # a build that goes on begins with what it has
+            if documents:
+                print(f"{self._label}: going on after {counted(documents, 'document')}", file=sys.stderr, flush=True)
+            return
         if now < self._next:
             return
         self._next = now + (0.2 if self._terminal else LINE_SECONDS)
         rate = (tokens - self._first) / (now - self._start)
-        text = f"{self._label}: {documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s"
+        text = f"{self._label}: {counted(documents, 'document')}, {tokens:,} tokens, {rate:,.0f} tokens/s"
         print(
             f"\r\x1b[K{text}" if self._terminal else text,
             end="" if self._terminal else "\n",
@@ -69,15 +72,12 @@ def _run(loaded: Loaded[MakeDataConfig], arguments: argparse.Namespace) -> None:
         raise UserError("--workers must be at least 0", EXIT_USAGE)
     from cli.corpora import has_split
     from cli.token_files import build_token_files
-    from trainkit.data.megatron import verify
 
     wanted: dict[Split, str] = {
         split: prefix for split, prefix in prefixes.items() if prefix and has_split(config.corpus, split)
     }
     if arguments.verify:
-        for prefix in wanted.values():
-            manifest = verify(prefix)
-            print(f"{prefix}: {manifest.tokens:,} tokens, intact")
+        _verify(list(wanted.values()))
         return
     from transformerlm.tokenizer.tokenizer import Tokenizer
 
@@ -96,13 +96,34 @@ def _run(loaded: Loaded[MakeDataConfig], arguments: argparse.Namespace) -> None:
                 workers=arguments.workers,
                 progress=line,
             )
+        except KeyboardInterrupt:
+            how = "without --force" if arguments.force else "again"
+            raise UserError(f"interrupted; the same command {how} goes on from here", EXIT_INTERRUPTED) from None
         finally:
             line.close()
         what = "up to date" if made.reused else f"made in {time.monotonic() - start:.1f} s"
         facts = made.manifest
-        print(f"{prefix}: {facts.tokens:,} tokens in {facts.documents:,} documents, {facts.dtype}, {what}", flush=True)
+        documents = counted(facts.documents, "document")
+        print(f"{prefix}: {facts.tokens:,} tokens in {documents}, {facts.dtype}, {what}", flush=True)
         if empty := facts.source.get("empty_documents_left_out"):
-            print(f"{prefix}: left out {empty:,} empty documents", flush=True)
+            print(f"{prefix}: left out {counted(empty, 'empty document')}", flush=True)
+    if "val" not in wanted:
+        print("no validation files were made: [corpus] or output.val_prefix names none", flush=True)
+
+
+def _verify(prefixes: Sequence[str]) -> None:
+    """Check the files of all prefixes, and tell of builds beside them that are not done."""
+    from trainkit.data.megatron import idx_path, verify_all
+    from trainkit.data.megatron_writer import is_unfinished
+
+    unfinished = [prefix for prefix in prefixes if is_unfinished(prefix)]
+    for prefix in unfinished:
+        print(f"{prefix}: a build is unfinished; the same command without --verify goes on", file=sys.stderr)
+    made = [prefix for prefix in prefixes if prefix not in unfinished or idx_path(prefix).exists()]
+    for prefix, manifest in zip(made, verify_all(made), strict=True):
+        print(f"{prefix}: {manifest.tokens:,} tokens, intact")
+    if len(made) < len(prefixes):
+        raise UserError("files are missing that a build has not finished")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -47,7 +47,7 @@ BYTES_PER_STORY = 800
 """A rough mean of the grammar's stories; decides only how many workers start."""
 
 Progress = Callable[[int, int], None]
-"""Called as `progress(documents, tokens)` with what has been written so far."""
+"""Called as `progress(documents, tokens)` with what has been written so far, first with what a stopped build left."""
 
 
 def _silent(documents: int, tokens: int) -> None:
@@ -122,6 +122,7 @@ def build_token_files(
             writer.source["commit"] = commit
         chunks = _chunks(corpus, split, commit, Done(writer.documents + empty, writer.text_bytes))
         next_save = time.monotonic() + SAVE_SECONDS
+        progress(writer.documents, writer.tokens)
         with closing(_encode_all(chunks, tokenizer, stored, workers)) as results:
             for encoded in results:
                 writer.add(encoded.tokens, encoded.lengths, text_bytes=encoded.text_bytes)

@@ -358,12 +358,25 @@ def test_command(tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.count("up to date") == 2
     assert make_data.main(arguments(tmp_path, tokenizer_path, "--verify")) == 0
     assert capsys.readouterr().out.count("intact") == 2
-    with (tmp_path / "val.bin").open("r+b") as file:
-        file.write(b"\xff")
+    for split in ("train", "val"):
+        with (tmp_path / f"{split}.bin").open("r+b") as file:
+            file.write(b"\xff")
     assert make_data.main(arguments(tmp_path, tokenizer_path, "--verify")) == EXIT_FAILURE
-    assert "val.bin does not match its SHA-256" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert all(f"{split}.bin does not match its SHA-256" in error for split in ("train", "val"))
+    assert error.count("transformerlm-make-data --force") == 2
     assert make_data.main(arguments(tmp_path, tokenizer_path, "--force")) == 0
     assert make_data.main(arguments(tmp_path, tokenizer_path, "--verify")) == 0
+
+
+def test_command_without_validation_text(
+    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.txt").write_text("one")
+    own = ("corpus.kind=files", f'corpus.train_paths=["{tmp_path / "one.txt"}"]')
+    assert make_data.main(arguments(tmp_path, tokenizer_path, *own)) == 0
+    output = capsys.readouterr().out
+    assert "in 1 document," in output and "no validation files were made" in output
 
 
 @pytest.mark.parametrize(
@@ -429,7 +442,9 @@ def test_stopped_in_the_middle(tmp_path: Path, tokenizer_path: Path, number: sig
     output, error = child.communicate(timeout=60)  # ends when the last process that holds the pipe does
     if number == signal.SIGINT:
         assert child.returncode == EXIT_INTERRUPTED
-        assert output == "" and error.splitlines()[-1] == "transformerlm-make-data: interrupted", error
+        assert output == "" and error.splitlines()[-1] == (
+            "transformerlm-make-data: interrupted; the same command again goes on from here"
+        ), error
         assert "Traceback" not in error
     assert entries(tmp_path) == [f".train.{kind}{UNFINISHED}" for kind in ("bin", "idx", "progress")]
     assert make_data.main(arguments(tmp_path, tokenizer_path, "output.val_prefix=")) == 0
@@ -491,6 +506,18 @@ def saved(prefix: Path) -> list[tuple[int, int]]:
     """Documents and empty ones of each line of the journal."""
     lines = prefix.with_name(f".{prefix.name}.progress{UNFINISHED}").read_text().splitlines()
     return [(line["documents"], line["source"]["empty_documents_left_out"]) for line in map(json.loads, lines)]
+
+
+def test_an_unfinished_build_is_told_of(
+    tmp_path: Path, tokenizer_path: Path, stopped_build: FilesCorpusSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ("corpus.kind=files", f"corpus.train_paths={json.dumps(stopped_build.train_paths)}")
+    own = (*own, f"output.train_prefix={tmp_path / 'a'}")
+    assert make_data.main(arguments(tmp_path, tokenizer_path, *own, "--verify")) == EXIT_FAILURE
+    assert "a: a build is unfinished" in capsys.readouterr().err
+    assert make_data.main(arguments(tmp_path, tokenizer_path, *own)) == 0
+    assert "a: going on after 2 documents" in capsys.readouterr().err
+    assert make_data.main(arguments(tmp_path, tokenizer_path, *own, "--verify")) == 0
 
 
 def encoded_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -193,16 +193,36 @@ class IndexedTokens:
 
 
 def verify(prefix: Path | str) -> TokenManifest:
-    """Check both files against the SHA-256 in their manifest, and return it; a `UserError` names the damaged file."""
+    """Check both files against the SHA-256 in their manifest, and return it; a `UserError` names the damaged ones."""
     manifest = IndexedTokens.open(prefix).manifest
     if manifest is None:
         raise UserError(
             f"{manifest_path(prefix)} does not exist: nothing to verify {prefix} against; make the files again"
         )
-    for name, path in (("bin", bin_path(prefix)), ("idx", idx_path(prefix))):
-        if artifacts.sha256_file(path) != manifest.files[name]["sha256"]:
-            raise UserError(f"the content of {path} does not match its SHA-256: it is damaged; make the files again")
+    paths = {"bin": bin_path(prefix), "idx": idx_path(prefix)}
+    damaged = [
+        str(path) for name, path in paths.items() if artifacts.sha256_file(path) != manifest.files[name]["sha256"]
+    ]
+    if damaged:
+        raise UserError(
+            f"the content of {' and '.join(damaged)} does not match its SHA-256: damaged; make the files again with "
+            "uv run transformerlm-make-data --force"
+        )
     return manifest
+
+
+def verify_all(prefixes: Iterable[Path | str]) -> list[TokenManifest]:
+    """`verify` of each; one `UserError`, a line for each prefix, names all that are damaged."""
+    manifests: list[TokenManifest] = []
+    problems: list[str] = []
+    for prefix in prefixes:
+        try:
+            manifests.append(verify(prefix))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return manifests
 
 
 def _map_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:

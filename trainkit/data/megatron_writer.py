@@ -25,6 +25,11 @@ _KINDS = ("json", "bin", "idx")
 _READ_BYTES = 1 << 22
 
 
+def is_unfinished(prefix: Path | str) -> bool:
+    """Whether a build of this prefix was stopped that the next one goes on with, or is under way."""
+    return _temporary(Path(prefix), "progress").exists()
+
+
 class IndexedWriter:
     """Streams documents into a prefix; use it in a `with` block.
 
@@ -179,8 +184,7 @@ class IndexedWriter:
                 self._files[kind].close()
 
     def _temporary(self, kind: str) -> Path:
-        """Where a file grows. The name is always the same, so that the next writer finds what this one leaves."""
-        return self.prefix.with_name(f".{self.prefix.name}.{kind}{artifacts.TEMPORARY_MARK}unfinished")
+        return _temporary(self.prefix, kind)
 
     def _publish(self) -> None:
         if not self.tokens:
@@ -303,6 +307,11 @@ def _last_record(journal: BinaryIO) -> dict[str, Any] | None:
     journal.seek(end)
     journal.truncate()
     return found
+
+
+def _temporary(prefix: Path, kind: str) -> Path:
+    """Where a file grows. The name is always the same, so that the next writer finds what this one leaves."""
+    return prefix.with_name(f".{prefix.name}.{kind}{artifacts.TEMPORARY_MARK}unfinished")
 
 
 def _place(prefix: Path, kind: str) -> Path:
