@@ -57,7 +57,11 @@ def run(loaded: Loaded[InferConfig], arguments: argparse.Namespace) -> None:
 def _check_watchable(predictor: Predictor, arguments: argparse.Namespace) -> None:
     if arguments.interactive or arguments.json:
         raise UserError("--watch goes with neither --interactive nor --json; choose one", EXIT_USAGE)
-    predictor.resolve_mode("diffusion")
+    if "diffusion" not in predictor.reading.modes:
+        raise UserError(
+            "--watch shows a diffusion model at work; this checkpoint was trained for next tokens: leave it out",
+            EXIT_USAGE,
+        )
 
 
 def complete(predictor: Predictor, spec: InferenceSpec) -> list[str]:
@@ -130,7 +134,7 @@ COMMAND = Command(
         "--config config/resources/infer.toml inference.num_samples=3 inference.temperature=0.7",
         "--ckpt runs/quickstart --interactive",
         "--ckpt runs/quickstart_diffusion --watch",
-        '--ckpt runs/quickstart_diffusion --prompt "Once upon a time" --suffix "They were happy."',
+        '--ckpt runs/quickstart_diffusion --prompt "Once upon a time" --suffix " They were happy."',
     ),
     useful=(
         "inference.checkpoint",

@@ -212,7 +212,10 @@ def verdict(report: Report) -> str:
     """Whether the replay is what the run recorded."""
     checks = report["verified"]
     if not checks:
-        return "nothing was recorded between the checkpoint and this step, so that nothing could be compared"
+        return (
+            "nothing was recorded between the checkpoint and this step, so that nothing could be compared; choose a "
+            "step that was recorded, or train with a smaller training.log_every"
+        )
     wrong = [check for check in checks if not check["same"]]
     if not wrong:
         return f"matches the run to the bit: {len(checks)} recorded numbers, up to step {checks[-1]['step']}"

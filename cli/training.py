@@ -203,7 +203,7 @@ def _train(
         if beginning.kind == "weights":
             load_model_tensors(run.model, load_weights(beginning.path), str(beginning.path))
         result = train(run, resume=snapshot)
-        log.message(_last_words(result, directory))
+        log.write({"kind": "message", "step": result.step, "text": _last_words(result, directory)})
     return result
 
 
@@ -345,7 +345,7 @@ def _last_words(result: Result, directory: Path) -> str:
         case "preempted":
             return (
                 f"stopped at step {result.step} and saved{best}; "
-                "the pipeline goes on when it is called again, transformerlm-train with --resume"
+                "run the same command again to go on (transformerlm-train needs --resume)"
             )
         case "non-finite":
             return f"gave up at step {result.step}{best}"

@@ -96,6 +96,8 @@ def resolve_checkpoint(place: str, report: Callable[[str], None]) -> Path:
     """
     path = Path(place)
     root = path.parent if path.name in ("latest", "best") else path
+    if not root.exists():
+        raise UserError(f"{place} does not exist; name a step folder or a run folder")
     root = root / "checkpoints" if (root / "checkpoints").is_dir() else root
     if path.name not in ("latest", "best") and not list_checkpoints(root):
         verify_directory(path)

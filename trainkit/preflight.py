@@ -70,9 +70,13 @@ def describe(estimate: Estimate, facts: RunFacts, world: World) -> str:
     """One line for people."""
     where = f"{world.size} × {world.device.type}" if world.size > 1 else world.device.type
     return (
-        f"{estimate.parameters / 1e6:,.2f}M parameters · {estimate.units / 1e6:,.1f}M {facts.unit_name} to go · "
+        f"{estimate.parameters / 1e6:,.2f}M parameters · {_format_units(estimate.units)} {facts.unit_name} to go · "
         f"about {estimate.memory_bytes / 2**30:.1f} GiB · about {format_duration(estimate.seconds)} on {where}"
     )
+
+
+def _format_units(units: int) -> str:
+    return f"{units / 1e6:,.1f}M" if units >= 1e6 else f"{units:,}"
 
 
 def format_duration(seconds: float) -> str:

@@ -61,9 +61,10 @@ def test_a_prompt_is_taken_literally(run: Path, capsys: pytest.CaptureFixture[st
     ("arguments", "code", "message"),
     [
         (["inference.total_length=500"], 2, "exceeds the model's context of 48 tokens"),
-        (["--prompt", "q" * 60], 2, "the prompt has 60 tokens"),
-        (["inference.total_length=3", "--prompt", "qqqq"], 2, "must be larger than the prompt's 4 tokens"),
+        (["--prompt", "q" * 60], 2, "60 tokens of prompt fill the model's context"),
+        (["inference.total_length=3", "--prompt", "qqqq"], 2, "must be larger than the 4 tokens of prompt"),
         (["inference.weights=ema"], 1, "kept no average"),
+        (["--watch"], 2, "this checkpoint was trained for next tokens"),
         (["--device", "cuda:99"], 2, "no device"),
     ],
 )
@@ -109,7 +110,9 @@ def test_a_conversation_goes_on_until_the_end_is_typed(
     output = capsys.readouterr()
     first, refused, second, _ = output.out.removeprefix("> ").split("> ")
     assert first.startswith("the cat") and second.startswith("the cat") and first != second
-    assert refused == "" and "the prompt has 60 tokens" in output.err and "Traceback" not in output.err
+    assert (
+        refused == "" and "60 tokens of prompt fill the model's context" in output.err and "Traceback" not in output.err
+    )
 
 
 def test_an_interrupt_stops_the_continuation_only(

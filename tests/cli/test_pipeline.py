@@ -243,7 +243,7 @@ def test_two_ranks_under_torchrun_train_the_same_model(place: Path) -> None:
         "-m",
         "torch.distributed.run",
         "--nproc-per-node=2",
-        "--master-port=29517",
+        "--standalone",
         "-m",
         "cli.train",
     ]

@@ -121,6 +121,7 @@ def test_noise_accumulation_and_intervals_are_replayed(
     capsys.readouterr()
     assert [check["step"] for check in replayed(run, 6, capsys)["verified"]] == [6, 6]
     unrecorded = replayed(run, 5, capsys)
+    assert "smaller training.log_every" in command.verdict(unrecorded)
     assert unrecorded["matches"] is None and unrecorded["gradients"]
 
 

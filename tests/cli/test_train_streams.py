@@ -299,7 +299,7 @@ def test_another_number_of_ranks_goes_on_to_the_bit(place: Path, tokenizer: Path
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def start(*more: str, ranks: int) -> None:
-        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=29541"]
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
         command = [sys.executable, *(torchrun if ranks > 1 else []), "-m", "cli.train"]
         command += arguments("packed", tokenizer, *more)
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)

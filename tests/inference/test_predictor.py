@@ -62,8 +62,8 @@ def test_a_text_stops_where_the_model_ends_it(predictor: Predictor) -> None:
     ("prompt", "total_length", "message"),
     [
         ("the cat", 49, "total_length .49. exceeds the model's context of 48"),
-        ("q" * 48, 0, "the prompt has 48 tokens and fills the model's context of 48"),
-        ("q" * 30, 30, "total_length .30. must be larger than the prompt's 30 tokens"),
+        ("q" * 48, 0, "48 tokens of prompt fill the model's context of 48"),
+        ("q" * 30, 30, "total_length .30. must be larger than the 30 tokens of prompt;"),
     ],
 )
 def test_lengths_that_cannot_be_are_refused_before_anything_runs(
@@ -146,7 +146,7 @@ def test_an_autoregressive_model_is_not_asked_for_diffusion(
         ("the", {"denoising": DenoisingSpec(block_length=5)}, "trained in blocks of 4"),
         ("the", {"total_length": 48, "suffix": "mat"}, "context of 48 tokens, one of which begins it"),
         ("the", {"denoising": DenoisingSpec(agreement=0.5, order="left_to_right")}, "trained for diffusion only"),
-        ("the", {"total_length": 2, "suffix": "the"}, "must be larger than the prompt's"),
+        ("the", {"total_length": 2, "suffix": "the"}, "must be larger than the 2 tokens of prompt and suffix"),
     ],
 )
 def test_what_a_block_diffusion_model_cannot_do(prompt: str, settings: dict[str, Any], message: str) -> None:
@@ -169,7 +169,7 @@ def test_only_a_block_model_writes_more_than_its_context_holds(dual: Predictor) 
     assert last.canvas.shape == (3, 131) and not (last.canvas == blocks.denoiser.mask_id).any()
     texts = blocks.generate_batch(["the cat", ""], total_length=130, stop_at_eot=False, seed=2)
     assert texts == [blocks.new_text(last.canvas[row], prompt) for row, prompt in enumerate(["the cat", ""])]
-    with pytest.raises(UserError, match="must be larger than the prompt's 60 tokens"):
+    with pytest.raises(UserError, match="must be larger than the 60 tokens of prompt"):
         blocks.generate("q" * 60, total_length=60)
     for other in (dual, Predictor(model(), tokenizer(), replace(reading, block_size=32))):
         with pytest.raises(UserError, match=r"total_length .130. exceeds the model's context"):

@@ -27,7 +27,7 @@ def test_it_counts_and_leaves_nothing_behind(toy: str) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is None and torch.equal(parameter, before[name])
     text = describe(estimate, RunFacts("rows"), alone())
-    assert "rows to go" in text and "on cpu" in text
+    assert "· 70 rows to go" in text and "on cpu" in text
 
 
 def test_a_batch_in_which_nothing_counts_does_not_divide_by_zero() -> None:

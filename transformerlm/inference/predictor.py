@@ -151,11 +151,11 @@ class Predictor:
         self._check_denoising(prompts, denoising)
         end = self._encode(suffix)
         starts = [[self.tokenizer.eot_id, *self._encode(prompt)] for prompt in prompts]
-        longest = max(map(len, starts)) - 1 + len(end)
+        longest, what = max(map(len, starts)) - 1 + len(end), "prompt and suffix" if suffix else "prompt"
         # The end-of-text token that begins the document has a place of its own on the canvas.
         room = self.model.spec.context_length - 1
         goes_on = total_length > room and 0 < 2 * denoiser.block_size <= room + 1 and not suffix
-        length = 1 + self._checked_length(longest, total_length, sys.maxsize if goes_on else room)
+        length = 1 + self._checked_length(longest, total_length, sys.maxsize if goes_on else room, what)
         rows = [[*start, *[denoiser.mask_id] * (length - len(start) - len(end)), *end] for start in starts]
         return denoise(
             denoiser,
@@ -220,7 +220,7 @@ class Predictor:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, allowed_special="none").tolist()
 
-    def _checked_length(self, given: int, total_length: int, room: int) -> int:
+    def _checked_length(self, given: int, total_length: int, room: int, what: str = "prompt") -> int:
         total, context_length = total_length or room, self.model.spec.context_length
         context = f"context of {context_length} tokens" + (", one of which begins it" if room < context_length else "")
         if total > room:
@@ -229,13 +229,11 @@ class Predictor:
                 EXIT_USAGE,
             )
         if given >= room:
-            raise UserError(
-                f"the prompt has {given} tokens and fills the model's {context}; shorten the prompt", EXIT_USAGE
-            )
+            raise UserError(f"{given} tokens of {what} fill the model's {context}; shorten the {what}", EXIT_USAGE)
         if given >= total:
             raise UserError(
-                f"inference.total_length ({total}) must be larger than the prompt's {given} tokens; "
-                "raise it or shorten the prompt",
+                f"inference.total_length ({total}) must be larger than the {given} tokens of {what}; "
+                f"raise it or shorten the {what}",
                 EXIT_USAGE,
             )
         return total
