@@ -49,7 +49,9 @@ def run(loaded: Loaded[PipelineConfig], arguments: argparse.Namespace) -> int:
         test_prefix=prefixes.get("test", ""),
     )
     training = Loaded(train_config, loaded.origins, loaded.source)
-    exit_code = train_model(training, root, force=arguments.force, verify=arguments.verify)
+    exit_code = train_model(
+        training, root, force=arguments.force, verify=arguments.verify, new_horizon=arguments.new_horizon
+    )
     if exit_code == 0:
         report(train_config)
     return exit_code
@@ -97,6 +99,7 @@ def make_token_files(
         if not has_split(config.corpus, split):
             continue
         prefix, start = root / "tokens" / split, time.monotonic()
+        earlier = _corpus_of(prefix)
         line = ProgressLine(str(prefix))
         try:
             made = build_token_files(
@@ -112,12 +115,27 @@ def make_token_files(
         finally:
             line.close()
         how = "up to date" if made.reused else f"in {time.monotonic() - start:.1f} s"
+        if not made.reused and not force and earlier is not None:
+            what = stages.changes("corpus", earlier, dataclasses.asdict(config.corpus)) or "other text or tokenizer"
+            how += f", in place of earlier ones ({what}; another artifacts.dir keeps both)"
         say("data", f"{prefix}: {made.manifest.documents:,} documents, {made.manifest.tokens:,} tokens, {how}")
         prefixes[split] = str(prefix)
     return prefixes
 
 
-def train_model(loaded: Loaded[TrainConfig], root: Path, *, force: bool, verify: bool) -> int:
+def _corpus_of(prefix: Path) -> dict[str, Any] | None:
+    """The `[corpus]` settings that token files were made with; None where there are no sound ones."""
+    from trainkit.data.token_manifest import read_manifest
+    from trainkit.errors import UserError
+
+    try:
+        manifest = read_manifest(prefix)
+    except UserError:
+        return None
+    return dict(manifest.source.get("corpus", {})) if manifest else None
+
+
+def train_model(loaded: Loaded[TrainConfig], root: Path, *, force: bool, verify: bool, new_horizon: bool) -> int:
     """Train, go on training, or find that it is done; returns the exit code."""
     from cli.training import EXIT_CODES, is_finished, run_directory, train_from_config
     from trainkit.artifacts import publish_file, verify_directory
@@ -134,7 +152,7 @@ def train_model(loaded: Loaded[TrainConfig], root: Path, *, force: bool, verify:
             verify_directory(directory / "checkpoints" / "latest")
         return 0
     say("training", f"{directory}; {root / 'train.toml'} is its configuration")
-    result = train_from_config(config, config_toml=toml, resume=True)
+    result = train_from_config(config, config_toml=toml, resume=True, new_horizon=new_horizon)
     return EXIT_CODES[result.status]
 
 
@@ -222,6 +240,11 @@ def _tell_stories(config: TrainConfig, directory: Path) -> list[str]:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="make everything again; an earlier run is set aside")
     parser.add_argument("--verify", action="store_true", help="check what is reused against its SHA-256")
+    parser.add_argument(
+        "--new-horizon",
+        action="store_true",
+        help="let it go on with another training.max_steps than it began with",
+    )
 
 
 COMMAND = Command(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Train a tokenizer on `documents()` into `path`, unless one of the same settings and `fingerprint` is there."""
     from cli.train_tokenizer import train_on_documents
-    from trainkit.artifacts import require_replaceable
+    from trainkit.artifacts import require_replaceable, verify_directory
     from transformerlm.tokenizer.tokenizer import Tokenizer
 
     settings = {name: getattr(spec, name) for name in TokenizerTrainingSpec.__dataclass_fields__}
@@ -37,10 +38,16 @@ def make_tokenizer(
         "settings": {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
         "fingerprint": fingerprint,
     }
-    if not force and _is_made_of(path, made_of, verify=verify):
+    earlier = _made_of(path)
+    if not force and earlier == made_of:
+        if verify:
+            verify_directory(path)
         say("tokenizer", f"{path}, up to date")
         return Tokenizer.load(path)
     require_replaceable(path, kind="tokenizer")
+    if earlier is not None and not force:
+        what = changes("tokenizer", earlier.get("settings", {}), made_of["settings"]) or "of other text"
+        say("tokenizer", f"replacing {path} ({what}); runs trained with it go on only when it is made again as it was")
     start = time.monotonic()
     tokenizer, about = train_on_documents(documents(), TokenizerTrainingSpec(**settings))
     tokenizer.save(path, replace=True, about={**about, "made_of": made_of})
@@ -48,18 +55,25 @@ def make_tokenizer(
     return tokenizer
 
 
-def _is_made_of(path: Path, made_of: dict[str, Any], *, verify: bool) -> bool:
-    """Whether a whole directory is there that was made of the same things; a damaged one is an error under `verify`."""
-    from trainkit.artifacts import read_manifest, verify_directory
+def changes(table: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """`corpus.seed was 0, is 1`: the settings of `table` that both have and that differ; values as JSON has them."""
+    texts = [{name: json.dumps(value) for name, value in settings.items()} for settings in (before, now)]
+    return "; ".join(
+        f"{table}.{name} was {texts[0][name]}, is {text}"
+        for name, text in texts[1].items()
+        if texts[0].get(name, text) != text
+    )
+
+
+def _made_of(path: Path) -> dict[str, Any] | None:
+    """What the directory says that it was made of; None where there is none, or its manifest cannot be read."""
+    from trainkit.artifacts import read_manifest
     from trainkit.errors import UserError
 
     try:
-        manifest = read_manifest(path)
+        return dict(read_manifest(path).get("made_of", {}))
     except UserError:
-        return False
-    if verify:
-        verify_directory(path)
-    return manifest.get("made_of") == made_of
+        return None
 
 
 def say(stage: str, text: str) -> None:

@@ -182,8 +182,27 @@ def test_a_run_that_keeps_no_optimizer_resumes_after_an_interrupt_and_after_its_
         "message": "",
         "time": 0,
     }
+    last = json.loads((place / "runs/small/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 5 and "stopped at step 5" in last["text"] and "run the same command again" in last["text"]
     assert pipeline.main(lean) == 0
     assert train.main(["--config", "artifacts/quickstart/train.toml", "--resume"]) == 0
+
+
+def test_what_is_replaced_is_named_and_another_horizon_needs_its_flag(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert pipeline.main([*SMALL, "--max-steps", "2"]) == 0
+    assert "replacing" not in capfd.readouterr().err
+    assert pipeline.main([*SMALL, "--max-steps", "4"]) == 2
+    assert "add --new-horizon" in capfd.readouterr().err
+    assert pipeline.main([*SMALL, "--max-steps", "4", "--new-horizon"]) == 0
+    assert json.loads((place / "runs/small/summary.json").read_text())["step"] == 4
+    capfd.readouterr()
+    other = [*SMALL, "--max-steps", "1", "run.name=other", "corpus.num_train_stories=290", "tokenizer.vocab_size=590"]
+    assert pipeline.main(other) == 0
+    told = capfd.readouterr().err
+    assert "replacing artifacts/quickstart/tokenizer (tokenizer.vocab_size was 600, is 590)" in told
+    assert "in place of earlier ones (corpus.num_train_stories was 300, is 290; another artifacts.dir" in told
 
 
 def test_train_refuses_an_existing_run_and_files_of_another_tokenizer(
