@@ -253,6 +253,13 @@ def _open_set_of_run(name: str, checkpoint: Path, tokenizer: Tokenizer) -> _Data
         return _open_tokens(prefix, tokenizer)
     held_out = None if isinstance(data, MegatronDataSpec) else open_held_out(data, name, tokenizer, revision)
     if held_out is None:
+        if name == "test":
+            is_tokens = isinstance(data, MegatronDataSpec)
+            where = "data.megatron_test_prefix" if is_tokens else "data.test_fraction or data.test_split"
+            made = " (token files of corpus.test_fraction, test_paths or num_test_stories)" if is_tokens else ""
+            raise UserError(
+                f"the run of {checkpoint} kept no test set; give the next run one with {where}{made}, or {_OTHER_DATA}"
+            )
         named = ", ".join(data.validation_sets) or "no named ones"
         raise UserError(
             f"the run of {checkpoint} has no set {name!r}; data.set is val, test, or one of data.validation_sets "

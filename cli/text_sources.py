@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from trainkit.data.hub_files import Network
 
 DEFAULT_CACHE = "data/cache"
+SHOWN_NAMES = 8
+"""Entries of a folder that a message lists."""
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -123,18 +125,43 @@ def _local_paths(path: Path, split: str, spec: StreamDataSpec) -> list[Path]:
     check_local(spec)
     if named := _named(path, split):
         return named
-    held_out = [spec.val_split] * (not spec.validation_fraction) + [spec.test_split] * (not spec.test_fraction)
     if split != spec.train_split:
-        raise UserError(
-            f'data.dataset_name = "{path}" has nothing named "{split}": to hold documents out of the others, set '
-            'data.validation_fraction = 0.05; to go without, data.val_split = ""'
-        )
+        raise UserError(_nothing_named(path, split, *_setting(spec, split)))
+    if split not in ("", StreamDataSpec.train_split):
+        raise UserError(_nothing_named(path, split, "data.train_split", "leave it out to train on everything"))
+    held_out = [spec.val_split] * (not spec.validation_fraction) + [spec.test_split] * (not spec.test_fraction)
     if beside := [name for name in held_out if _named(path, name)]:
         raise UserError(
             f'data.dataset_name = "{path}" has "{beside[0]}" and nothing named "{split}": name the training files in '
             "data.train_split"
         )
     return [path]
+
+
+def _setting(spec: StreamDataSpec, split: str) -> tuple[str, str]:
+    """Which setting names a split that is not trained on, and what else could be done."""
+    if split == spec.val_split and not spec.validation_fraction:
+        return (
+            "data.val_split",
+            'hold some out with data.validation_fraction = 0.05, or go without: data.val_split = ""',
+        )
+    if split == spec.test_split and not spec.test_fraction:
+        return "data.test_split", 'hold some out with data.test_fraction = 0.05, or go without: data.test_split = ""'
+    names = [name for name, where in spec.validation_sets.items() if where == split]
+    return f"data.validation_sets.{names[0]}", "a local file is named by its path, with its ending"
+
+
+def _nothing_named(path: Path, split: str, setting: str, advice: str) -> str:
+    found = "it is one file without splits"
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir() if _is_listed(entry))
+        shown = [*names[:SHOWN_NAMES], *["…"] * (len(names) > SHOWN_NAMES)]
+        found = f"it has {', '.join(shown)}; name one" if names else "it has no text"
+    return f'data.dataset_name = "{path}" has nothing named "{split}" ({setting}): {found}; {advice}'
+
+
+def _is_listed(entry: Path) -> bool:
+    return not entry.name.startswith(".") and (entry.is_dir() or entry.name.endswith(SUFFIXES))
 
 
 def _named(path: Path, split: str) -> list[Path]:

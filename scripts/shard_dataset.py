@@ -20,6 +20,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -31,6 +32,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cli.common import counted
 from cli.text_sources import is_local
 from trainkit.artifacts import is_sealed, make_directory, publish_file, read_manifest
 from trainkit.data.document_sets import Shard, ShardedDocuments
@@ -131,7 +133,7 @@ def shard(settings: Settings, root: Path, experiment: str, *, workers: int, say:
         shutil.rmtree(folder)
     for target in targets:
         manifest = read_manifest(target)
-        say(f"{target}: {manifest['documents']:,} documents in {len(manifest['files'])} files")
+        say(f"{target}: {counted(manifest['documents'], 'document')} in {counted(len(manifest['files']), 'file')}")
 
 
 def begin(work: Work, say: Callable[[str], None]) -> dict[str, Any]:
@@ -176,9 +178,17 @@ def require_equal(place: Path, before: dict[str, Any], now: dict[str, Any]) -> N
     for key, value in now.items():
         if before.get(key) != value:
             raise UserError(
-                f"{place} was made with --{key.replace('_', '-')} {before.get(key)!r}, not {value!r}; "
+                f"{place} was made {typed(key, before.get(key))}, not {typed(key, value)}; "
                 "choose another --experiment or remove it"
             )
+
+
+def typed(key: str, value: Any) -> str:
+    """A setting as it stands on a command line."""
+    flag = f"--{key.replace('_', '-')}"
+    if value is None or value is False or value == "":
+        return f"without {flag}"
+    return f"with {flag}" if value is True else f"with {flag} {shlex.quote(str(value))}"
 
 
 @contextmanager

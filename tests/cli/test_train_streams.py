@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -87,7 +88,8 @@ def test_text_alone_becomes_a_model(place: Path, capfd: pytest.CaptureFixture[st
     Path("My book.txt").write_text("\n\n".join(sample(1, index) for index in range(120)))
     assert train.main(["--text", "My book.txt", "--vocab-size", "400", *TINY]) == 0
     run = place / "runs" / "My-book"
-    assert "10% of it held out" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "10% of it held out" in told and re.search(r"\[text\] [1-9]\d* documents held out .*, \d+ to train on", told)
     assert metrics(run, "train")[-1]["step"] == 8 and metrics(run, "eval")[-1]["val_loss"] > 0
     made = Path("artifacts/My-book/tokenizer")
     before = read_manifest(made)
@@ -132,6 +134,8 @@ def test_validation_sets_by_name(place: Path, tokenizer: Path, capfd: pytest.Cap
     assert evaluation.main(["--ckpt", "runs/run", "data.set=nope", "--device", "cpu"]) == 1
     err = capfd.readouterr().err
     assert "no set 'nope'" in err and "extra, far" in err
+    assert evaluation.main(["--ckpt", "runs/run", "data.set=test", "--device", "cpu"]) == 1
+    assert "kept no test set; give the next run one with data.test_fraction" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["packed", "rows"])
@@ -165,7 +169,18 @@ def test_what_cannot_be_is_one_sentence(place: Path, tokenizer: Path, capfd: pyt
     (place / "empty").mkdir()
     for more, code, words in (
         (["data.dataset_name=gone.jsonl"], 1, 'data.dataset_name = "gone.jsonl" does not exist'),
-        (["data.val_split=valid"], 1, 'nothing named "valid"'),
+        (["data.val_split=valid"], 1, 'nothing named "valid" (data.val_split): it has train.jsonl; name one'),
+        (
+            ["data.val_split=", "data.validation_sets.wiki=no"],
+            1,
+            '"no" (data.validation_sets.wiki): it has train.jsonl',
+        ),
+        (["data.train_split=foo", "data.val_split="], 1, "(data.train_split): it has train.jsonl; name one; leave it"),
+        (
+            ["data.dataset_name=stories/train.jsonl", "data.train_split=foo"],
+            1,
+            "(data.train_split): it is one file without splits; leave it out",
+        ),
         (["data.text_field=story", "data.val_split="], 1, "'story'"),
         (["data.dataset_name=empty"], 1, "empty"),
         (["tokenizer.path=gone"], 1, "tokenizer.path = gone does not exist"),

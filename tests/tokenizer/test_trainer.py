@@ -152,3 +152,9 @@ class TestBadInput:
         with pytest.raises(UserError, match=f"tokenizer.special_tokens: .*{message}") as caught:
             train_tokenizer(["text"], TokenizerTrainingSpec(vocab_size=300, special_tokens=names))
         assert caught.value.exit_code == EXIT_USAGE
+
+
+def test_one_text_is_no_iterable_of_texts() -> None:
+    for text in ("a string", b"bytes"):
+        with pytest.raises(UserError, match="pass an iterable of texts"):
+            train_tokenizer(text, TokenizerTrainingSpec())  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ def list_files(paths: Iterable[Path | str]) -> list[Path]:
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if _is_text_file(file, below=path))
             if not found:
-                raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file; check the path")
+                raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file; convert or rename what it holds")
             files.extend(found)
         elif not path.exists():
             raise UserError(f"{path} does not exist; check the path")

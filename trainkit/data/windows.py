@@ -70,11 +70,17 @@ class MegatronSource:
 
     def _position(self, state: dict[str, Any]) -> int:
         identity = self.order.identity
-        for name in sorted({*identity, *state} - {"next_sample"}):
-            if state.get(name) != identity.get(name):
-                raise UserError(
-                    f"the checkpoint was trained with {name} {state.get(name)}, {self.order.name} is now read with "
-                    f"{name} {identity.get(name)}; resume with the same data, order, context_length and seed (and, in "
-                    "the order of Megatron-LM, the same number of samples), or start a new run"
-                )
+        names = sorted({*identity, *state} - {"next_sample"})
+        changed = [name for name in names if state.get(name) != identity.get(name)]
+        if changed == ["num_samples"]:
+            raise UserError(
+                'data.order = "megatron" depends on training.max_steps and total_batch_size: it was made for '
+                f"{state['num_samples']:,} samples and now would be for {identity['num_samples']:,}; resume with the "
+                'same ones, or start a new run (with data.order = "stable" its length may change)'
+            )
+        for name in changed:
+            raise UserError(
+                f"the checkpoint was trained with {name} {state.get(name)}, {self.order.name} is now read with {name} "
+                f"{identity.get(name)}; resume with the same data, order, context_length and seed, or start a new run"
+            )
         return int(state["next_sample"])

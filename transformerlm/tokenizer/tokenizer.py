@@ -66,7 +66,10 @@ class Tokenizer:
 
     @classmethod
     def from_files(cls, vocab: Path | str, merges: Path | str, special_tokens: Path | str | None = None) -> Tokenizer:
-        """Read GPT-2's `vocab.json` and `merges.txt` under any names, and a list of special tokens if there is one."""
+        """Read GPT-2's `vocab.json` and `merges.txt` under any names, and a list of special tokens if there is one.
+
+        All three are paths of files; names of special tokens go to `with_special_tokens`.
+        """
         return cls(files.read_gpt2_files(vocab, merges, special_tokens))
 
     @classmethod

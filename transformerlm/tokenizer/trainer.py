@@ -53,6 +53,8 @@ def train_tokenizer(
     `spec.max_words` it depends on which words were rare when there were too many.) Raises `UserError` when the settings
     contradict themselves, when there is no text, or when it cannot yield enough merges.
     """
+    if isinstance(texts, str | bytes):  # it is an iterable too, of characters
+        raise UserError("train_tokenizer was given one text: pass an iterable of texts, such as [text]")
     num_merges = wanted_merges(spec)
     merges = _count_and_learn(texts, spec, num_merges, progress, threads or num_cores())
     if len(merges) < num_merges and not spec.allow_smaller:
