@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cli.stages import make_tokenizer, say
-from cli.text_sources import training_documents
+from cli.text_sources import held_out_texts, training_documents
 from config.rendering import toml_value
 from config.schemas import TrainConfig
 from trainkit.data.specs import StreamDataSpec
@@ -46,7 +47,18 @@ def prepare_tokenizer(config: TrainConfig, vocab_size: int) -> None:
         return
     documents = training_documents(data, revision="")
     spec = TokenizerTrainingSpec(vocab_size=vocab_size, allow_smaller=True)
-    make_tokenizer(path, spec, lambda: iterate(documents), _MADE_FROM_TEXT + documents.identity)
+    count = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal count
+        for text in iterate(documents):
+            count += 1
+            yield text
+
+    make_tokenizer(path, spec, counted, _MADE_FROM_TEXT + documents.identity)
+    if count and data.validation_fraction:
+        held_out = len(held_out_texts(data, "val", revision="") or ())
+        say("text", f"{held_out:,} documents held out to validate with, {count:,} to train on")
 
 
 def describe(config: TrainConfig) -> str:
