@@ -148,16 +148,16 @@ def _setting(spec: StreamDataSpec, split: str) -> tuple[str, str]:
     if split == spec.test_split and not spec.test_fraction:
         return "data.test_split", 'hold some out with data.test_fraction = 0.05, or go without: data.test_split = ""'
     names = [name for name, where in spec.validation_sets.items() if where == split]
-    return f"data.validation_sets.{names[0]}", "a local file is named by its path, with its ending"
+    return f"data.validation_sets.{names[0]}", "give the path of a file, with its ending"
 
 
 def _nothing_named(path: Path, split: str, setting: str, advice: str) -> str:
-    found = "it is one file without splits"
+    found = "it is one file without splits; "
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if _is_listed(entry))
         shown = [*names[:SHOWN_NAMES], *["…"] * (len(names) > SHOWN_NAMES)]
-        found = f"it has {', '.join(shown)}; name one" if names else "it has no text"
-    return f'data.dataset_name = "{path}" has nothing named "{split}" ({setting}): {found}; {advice}'
+        found = f"it has {', '.join(shown)}; name one of these, or " if names else "it has no text; "
+    return f'data.dataset_name = "{path}" has nothing named "{split}" ({setting}): {found}{advice}'
 
 
 def _is_listed(entry: Path) -> bool:

@@ -175,7 +175,11 @@ def test_what_cannot_be_is_one_sentence(place: Path, tokenizer: Path, capfd: pyt
             1,
             '"no" (data.validation_sets.wiki): it has train.jsonl',
         ),
-        (["data.train_split=foo", "data.val_split="], 1, "(data.train_split): it has train.jsonl; name one; leave it"),
+        (
+            ["data.train_split=foo", "data.val_split="],
+            1,
+            "(data.train_split): it has train.jsonl; name one of these, or",
+        ),
         (
             ["data.dataset_name=stories/train.jsonl", "data.train_split=foo"],
             1,
