@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,13 +60,12 @@ def score_run(run: str, stories: int, draws: int, precision: PrecisionName) -> l
     _, reading, _ = read_model_json(resolve_checkpoint(run))
     methods: list[Method] = [method for mode in reading.modes for method in METHODS[mode]]
     data = GrammarEvaluationDataSpec(num_stories=stories)
-    return [
-        evaluate_checkpoint(
-            CheckpointEvaluationSpec(checkpoint=run, method=method, draws=draws, batch_size=32, precision=precision),
-            data,
-        )
-        for method in methods
-    ]
+    reports: list[Report] = []
+    for method in methods:
+        print(f"{run}: {LABELS[method]}, {stories} stories", file=sys.stderr, flush=True)
+        spec = CheckpointEvaluationSpec(checkpoint=run, method=method, draws=draws, batch_size=32, precision=precision)
+        reports.append(evaluate_checkpoint(spec, data))
+    return reports
 
 
 def table(reports: Sequence[Report]) -> str:

@@ -79,7 +79,9 @@ def test_both_ways_of_a_dual_model_write_and_are_compared(runs: Path, capsys: py
     page.write_text(f"before\n{compare_objectives.BEGIN}\nold\n{compare_objectives.END}\nafter\n")
     paths = [str(runs / "runs" / name) for name in ("quickstart_diffusion", "quickstart_dual")]
     assert compare_objectives.main([*paths, "--stories", "3", "--draws", "2", "--write", str(page)]) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    told = capsys.readouterr()
+    assert "quickstart_dual: next tokens, 3 stories" in told.err
+    rows = json.loads(told.out.splitlines()[-1])
     assert [row["method"] for row in rows] == ["bound", "left_to_right", "ar", "bound", "left_to_right"]
     # Models of a minute know nothing yet; a mean below the grammar's would be a bug in one of the two likelihoods.
     assert all(row["grammar"]["excess_nats"] > -3 * row["grammar"]["standard_error"] for row in rows)
