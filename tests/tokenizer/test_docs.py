@@ -23,8 +23,8 @@ def test_everything_in_the_document_runs_as_it_is_printed(tmp_path: Path, monkey
             exec(compile(block, str(DOCUMENT), "exec"), names)
             continue
         for line in block.splitlines():
-            command, *arguments = shlex.split(line, comments=True)
-            assert command == "transformerlm-train-tokenizer"
+            uv, run, command, *arguments = shlex.split(line, comments=True)
+            assert (uv, run, command) == ("uv", "run", "transformerlm-train-tokenizer")
             assert train_tokenizer.main(arguments) == 0
     text = "Once upon a time"
     assert names["ids"].tolist() == names["encoding"].encode(text)
