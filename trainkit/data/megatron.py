@@ -205,8 +205,8 @@ def verify(prefix: Path | str) -> TokenManifest:
     ]
     if damaged:
         raise UserError(
-            f"the content of {' and '.join(damaged)} does not match its SHA-256: damaged; make the files again with "
-            "uv run transformerlm-make-data --force"
+            f"the content of {' and '.join(damaged)} does not match its SHA-256: damaged; make the files again, with "
+            "uv run transformerlm-make-data --force (or the pipeline's --force, where that made them)"
         )
     return manifest
 
