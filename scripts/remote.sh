@@ -144,7 +144,9 @@ recipe_fetch() {
     [[ -n $any_file ]] || usage "name a file or folder below $REMOTE_ROOT: just fetch any_file=runs/simplestories"
     local path=${any_file%/}
     if rsync_is_there; then
-        copy -a --partial "$PRIME_HOST:$REMOTE_ROOT/$path" .
+        # A run that trains meanwhile deletes checkpoints: 24 says that some files were gone when their turn came. What is
+        # being written or deleted there stands under a hidden name and is not worth the way.
+        copy -a --partial --exclude '.*.tmp-*' "$PRIME_HOST:$REMOTE_ROOT/$path" . || [[ $? -eq 24 ]]
     else
         remote tar -C "$REMOTE_ROOT/$(dirname "$path")" -cf - -- "$(basename "$path")" | tar -xf -
     fi

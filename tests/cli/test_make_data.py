@@ -439,7 +439,7 @@ def test_stopped_in_the_middle(tmp_path: Path, tokenizer_path: Path, number: sig
     child = start_build(tmp_path, tokenizer_path, "corpus.num_train_stories=100_000_000", "--workers", "2")
     wait_for_saves(child, tmp_path, 2)
     os.killpg(child.pid, number) if number == signal.SIGINT else child.kill()
-    output, error = child.communicate(timeout=60)  # ends when the last process that holds the pipe does
+    output, error = child.communicate(timeout=300)  # ends when the last process that holds the pipe does
     if number == signal.SIGINT:
         assert child.returncode == EXIT_INTERRUPTED
         assert output == "" and error.splitlines()[-1] == (
@@ -472,7 +472,7 @@ def test_killed_again_and_again_a_build_goes_on_and_gives_the_same_files(
         wait_for_saves(child, folder, saved_lines(folder) + rng.randrange(1, 8))
         time.sleep(rng.random() * 0.02)
         child.kill()
-        child.communicate(timeout=60)
+        child.communicate(timeout=300)
         if child.returncode != -signal.SIGKILL:
             break  # it was quicker
         kills += 1

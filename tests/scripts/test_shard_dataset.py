@@ -188,7 +188,7 @@ def test_ctrl_c_can_be_continued(source: Path, tmp_path: Path) -> None:
     busy = subprocess.run([*SCRIPT, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert busy.returncode == 1 and "another process" in busy.stderr
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130 and errors.endswith("the same command goes on from here\n")
     done = run(source, tmp_path / "out")
     assert done.returncode == 0 and "going on" in done.stderr
