@@ -70,12 +70,13 @@ def start(tmp_path: Path) -> Generator[Callable[[int], list[subprocess.Popen[str
 def test_every_rank_ends_when_one_sleeps(tmp_path: Path, start: Callable[[int], list[subprocess.Popen[str]]]) -> None:
     ranks = start(1)
     errors = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [4, 4], errors
-    assert "watchdog: rank 1 has been in the phase 'data' of step 5" in errors[1]
-    assert "watchdog: rank 0 has been in the phase 'step' of step 5" in errors[0]
-    assert "in steps" in errors[1] and "in accumulate_gradients" in errors[0]  # where each of them is
-    for rank in (0, 1):
-        assert (tmp_path / f"alarm-{rank}").read_text() in errors[rank]
+    codes = [rank.returncode for rank in ranks]
+    assert 0 not in codes and 4 in codes, errors
+    expected = [("step", "in accumulate_gradients"), ("data", "in steps")]  # where each of them is
+    for rank, (phase, place) in enumerate(expected):
+        if codes[rank] == 4:  # else the other's end has reached it first, as a broken connection
+            assert f"watchdog: rank {rank} has been in the phase '{phase}' of step 5" in errors[rank]
+            assert place in errors[rank] and (tmp_path / f"alarm-{rank}").read_text() in errors[rank]
 
 
 @pytest.mark.slow
