@@ -71,6 +71,11 @@ def some_value(annotation: Any) -> st.SearchStrategy[Any]:
     return st.from_type(annotation)
 
 
+def as_tuples(value: Any) -> Any:
+    """A list of TOML as a configuration holds it."""
+    return tuple(as_tuples(item) for item in value) if isinstance(value, list) else value
+
+
 @given(st.data())
 def test_any_values_print_and_read_back(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(SHIPPED))
@@ -90,7 +95,7 @@ def test_any_values_print_and_read_back(data: st.DataObject) -> None:
         raise
     for (table, field), value in values.items():
         found = getattr(getattr(loaded.config, table), field)
-        assert found == (tuple(value) if isinstance(value, list) else value)
+        assert found == as_tuples(value)
         names = [f"{table}.{field}.{key}" for key in value] if isinstance(value, dict) else [f"{table}.{field}"]
         assert all(loaded.origins[name] == "command line" for name in names)
     again = read_back(schema, to_toml(loaded))
