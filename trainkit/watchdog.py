@@ -20,10 +20,10 @@ from trainkit.errors import EXIT_WATCHDOG
 PATIENCE = {"start": 10.0, "first step": 10.0, "evaluate": 10.0, "sample": 10.0, "finish": 10.0}
 """How many times the limit a phase may take: the first ones compile, some are long by nature; all others once.
 
-A rank that waits in `step` for another that is still in `data` or `save` must not lose its patience before that one does."""
+A rank that waits in `step` for another that is still in `data` or `save` must not lose patience before that one."""
 GRACE = 5.0
-"""Seconds (at most the limit) that a rank which gives up waits before it ends: the others hang for the same reason, and its
-end would break their connections before they have shown their stacks."""
+"""Seconds (at most the limit) that a rank which gives up waits before it ends: the others hang for the same reason, and
+its end would break their connections before they have shown their stacks."""
 
 
 class Watchdog:
