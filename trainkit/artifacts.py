@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from trainkit.errors import UserError
 
@@ -85,12 +85,23 @@ def is_sealed(path: Path | str, *, kind: str | None) -> bool:
 
 def publish_file(path: Path | str, data: bytes | str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part, whatever happens meanwhile."""
+    with publishing(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def publishing(path: Path | str, *, is_locked: bool = False) -> Generator[BinaryIO]:
+    """Yield an open file; when the block ends well, it is flushed to the disk and becomes `path` in one instant.
+
+    On any exception nothing is left; an `OSError` becomes a `UserError`. `is_locked`: the caller lets nobody else write
+    `path` meanwhile, so that all attempts share one temporary name and each removes what a killed one left.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{'' if is_locked else secrets.token_hex(4)}")
     try:
         with explain_failed_writes(path):
             with temporary.open("wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from trainkit import artifacts
-from trainkit.artifacts import publish_directory, publish_file, remove_leftovers, verify_directory
+from trainkit.artifacts import publish_directory, publish_file, publishing, remove_leftovers, verify_directory
 from trainkit.errors import UserError
 
 
@@ -90,6 +90,31 @@ def test_a_write_that_the_system_refuses_is_one_sentence_and_leaves_what_was_the
             (temporary / "a").write_bytes(bytes(20_000))
     assert (tmp_path / "f").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize("is_locked", [False, True])
+def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path, is_locked: bool) -> None:
+    publish_file(tmp_path / "f", "old")
+    with pytest.raises(KeyboardInterrupt), publishing(tmp_path / "f", is_locked=is_locked) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+    with publishing(tmp_path / "f", is_locked=is_locked) as file:
+        file.write(b"new")
+        assert (tmp_path / "f").read_text() == "old"
+    assert (tmp_path / "f").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_who_writes_a_file_alone_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with publishing(tmp_path / "f", is_locked=True):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    with publishing(tmp_path / "f", is_locked=True) as file:
+        file.write(b"whole")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("f", "whole")]
 
 
 @pytest.mark.parametrize("stage", ["write", "seal", "rename", "renamed"])

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from trainkit.artifacts import TEMPORARY_MARK, explain_failed_writes, fsync_directory, make_directory, publish_file
+from trainkit.artifacts import explain_failed_writes, make_directory, publish_file, publishing
 from trainkit.errors import UserError
 
 _BATCH_ROWS = 256
@@ -109,21 +109,9 @@ def _write(path: Path, texts: Iterator[str]) -> None:
     import pyarrow as pa
 
     schema = pa.schema([("text", pa.large_string())])
-    # One name for all: the lock makes this the only writer, which thereby removes what a killed one left.
-    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}")
-    try:
-        with explain_failed_writes(path):
-            with temporary.open("wb") as file:
-                with pa.ipc.new_file(file, schema) as writer:
-                    while batch := list(islice(texts, _BATCH_ROWS)):
-                        writer.write_batch(pa.record_batch([pa.array(batch, pa.large_string())], schema=schema))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            fsync_directory(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with publishing(path, is_locked=True) as file, pa.ipc.new_file(file, schema) as writer:
+        while batch := list(islice(texts, _BATCH_ROWS)):
+            writer.write_batch(pa.record_batch([pa.array(batch, pa.large_string())], schema=schema))
 
 
 @contextmanager
