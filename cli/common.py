@@ -59,7 +59,8 @@ class Command(Generic[Schema]):
     add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
     """Adds the flags that are no settings, such as `--force`; `run` finds them in its second argument."""
     adapt: Callable[[argparse.Namespace], object] = lambda arguments: None
-    """Turns a flag that stands for several settings into these (`assignments`) and a configuration (`config_name`)."""
+    """Turns a flag that stands for several settings into these (`assignments`, or `layers` that these win over) and a
+    configuration (`config`, `config_name`)."""
 
 
 def run_command(command: Command[Any], argv: Sequence[str] | None = None) -> int:
@@ -85,7 +86,6 @@ def run_command(command: Command[Any], argv: Sequence[str] | None = None) -> int
 def _run(command: Command[Any], argv: list[str]) -> int:
     parser = _Parser(command)
     arguments = parser.parse_args(parser.normalised(argv))
-    command.adapt(arguments)
     load_environment(Path(".env"))
     _set_log_level()
     if arguments.help:
@@ -95,14 +95,17 @@ def _run(command: Command[Any], argv: list[str]) -> int:
     elif arguments.explain is not None:
         _write(explain(command.schema, arguments.explain, _width()))
     else:
-        loaded = load(command.schema, _source(command, arguments), arguments.assignments)
+        command.adapt(arguments)
+        source = configuration_file(command, arguments)
+        loaded = load(command.schema, source, arguments.assignments, layers=arguments.layers)
         if arguments.print_config is None:
             return command.run(loaded, arguments) or 0
         _write(to_toml(loaded) if arguments.print_config == "toml" else json.dumps(resolved(loaded.config), indent=2))
     return 0
 
 
-def _source(command: Command[Any], arguments: argparse.Namespace) -> Path:
+def configuration_file(command: Command[Any], arguments: argparse.Namespace) -> Path:
+    """The file that the arguments name, or the command's own."""
     if arguments.config is None:
         return shipped(arguments.config_name or command.default_config)
     if arguments.config_name is not None:
@@ -141,7 +144,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(
             prog=command.name, usage=f"{command.name} [FLAG …] [TABLE.KEY=VALUE …]", add_help=False, allow_abbrev=False
         )
-        self.set_defaults(assignments=[])
+        self.set_defaults(assignments=[], layers=[])
         add = self.add_argument
         add("--config", metavar="FILE", help="configuration file (TOML)")
         add("--config-name", metavar="NAME", help=f"shipped configuration: {', '.join(shipped_names())}")

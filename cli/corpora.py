@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from config.corpora import CorpusSpec, FilesCorpusSpec, GrammarCorpusSpec, HubCorpusSpec
-from trainkit.data.splits import Split, iterate, split_of
+from trainkit.data.splits import Split, iterate, pieces, split_of
 from trainkit.errors import UserError
 
 SPLIT_RECIPE = 2
@@ -123,7 +123,13 @@ def _selected(documents: Iterator[str], corpus: FilesCorpusSpec | HubCorpusSpec,
 def _selection(corpus: FilesCorpusSpec | HubCorpusSpec, split: Split) -> dict[str, Any]:
     """What `_selected` depends on."""
     held_out = {**_fractions(corpus), "recipe": SPLIT_RECIPE} if _is_from_training(corpus, split) else {}
-    return {"text_field": corpus.text_field, "held_out": held_out, "limit": _limit(corpus, split)}
+    cut = {"max_document_characters": limit} if (limit := _longest(corpus)) else {}
+    return {"text_field": corpus.text_field, "held_out": held_out, "limit": _limit(corpus, split), **cut}
+
+
+def _longest(corpus: FilesCorpusSpec | HubCorpusSpec) -> int:
+    """Characters of a document at most; 0 = any number."""
+    return corpus.max_document_characters if isinstance(corpus, FilesCorpusSpec) else 0
 
 
 def _limit(corpus: FilesCorpusSpec | HubCorpusSpec, split: Split) -> int | None:
@@ -145,7 +151,10 @@ def local_paths(corpus: FilesCorpusSpec, split: Split) -> tuple[str, ...]:
 def _file_documents(corpus: FilesCorpusSpec, split: Split) -> Iterator[str]:
     from trainkit.data.documents import iterate_documents
 
-    return iterate_documents([Path(path) for path in local_paths(corpus, split)], text_field=corpus.text_field)
+    documents = iterate_documents([Path(path) for path in local_paths(corpus, split)], text_field=corpus.text_field)
+    if not corpus.max_document_characters:
+        return documents
+    return (piece for text in documents for piece in pieces(text, corpus.max_document_characters))
 
 
 # -- hub ---------------------------------------------------------------------------------------------------------------

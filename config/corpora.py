@@ -46,6 +46,9 @@ class FilesCorpusSpec:
     test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of the training documents held out for the test, chosen in the same way; for when there are no
     `test_paths`."""
+    max_document_characters: Annotated[int, Ge(0)] = 0
+    """Cut longer documents into pieces of at most so many characters, each a document of its own, so that a share of
+    one long text can be held out; 0 = leave all whole."""
     max_train_documents: Annotated[int, Ge(0)] = 0
     """Read only the first so many training documents; 0 = all."""
     max_val_documents: Annotated[int, Ge(0)] = 0

@@ -28,20 +28,26 @@ class Loaded(Generic[Schema]):
 
     config: Schema
     origins: Mapping[str, str]
-    """Where each value comes from, by dotted path: a file, or `command line`. What is not here is a default."""
+    """Where each value comes from, by dotted path: a file, a flag, or `command line`. What is not here is a default."""
     source: Path | None
     """The file that was loaded, where there was one."""
 
 
-def load(schema: type[Schema], source: Path | str | None = None, overrides: Iterable[str] = ()) -> Loaded[Schema]:
-    """Read `source` (TOML), put `overrides` (`"table.key=value"`) over it and validate.
+def load(
+    schema: type[Schema],
+    source: Path | str | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    layers: Iterable[Tree] = (),
+) -> Loaded[Schema]:
+    """Read `source` (TOML), put `layers` and `overrides` (`"table.key=value"`) over it and validate.
 
     Raises `pydantic.ValidationError` for settings that are missing, unknown or wrong, with the path of each, and
     `UserError` for a file that is missing or is not TOML. Files that the configuration names are not looked at.
     """
     path = Path(source) if source is not None else None
     tree = _default_layer(schema, path)
-    for layer in [*(file_layers(path) if path else []), override_layer(overrides)]:
+    for layer in [*(file_layers(path) if path else []), *layers, override_layer(overrides)]:
         tree = merge(tree, _expand(layer, schema))
     config = _validate(schema, tree)
     origins = {".".join(keys): leaf.origin for keys, leaf in leaves(tree) if leaf.origin != DEFAULT}

@@ -100,7 +100,13 @@ class ArtifactsSpec:
     """What the pipeline makes before it trains, and reuses while it matches the configuration and its inputs."""
 
     dir: NotEmpty = "artifacts"
-    """Folder of the tokenizer and the token files."""
+    """Folder of `train.toml`, the configuration that `transformerlm-train` runs, and of what has no folder of its own
+    here: the tokenizer and the token files."""
+    tokenizer_dir: str = ""
+    """Folder of a tokenizer that several runs share: one that is there is used as it is, else it is trained; empty =
+    `tokenizer` in `dir`, trained again whenever the text or the settings change."""
+    tokens_dir: str = ""
+    """Folder of token files that several runs share; empty = `tokens` in `dir`."""
     dtype: TokenType = "auto"
     """Type of a stored token; `auto` takes the smallest that holds the vocabulary."""
 
