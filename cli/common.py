@@ -250,11 +250,14 @@ def _help(command: Command[Any], parser: argparse.ArgumentParser) -> str:
             (f"{name}={_value_at(defaults, name)}", text) for name, text in summaries(command.schema, command.useful)
         ]
         parts.append("\n".join(["settings, as they stand in that configuration:", *_columns(rows, width)]))
-    actions = [action for action in parser._actions if action.help]
-    flags = [(_invocation(action), str(action.help)) for action in actions]
-    parts.append("\n".join(["flags (with hyphens or underscores):", *_columns(flags, width)]))
+    parts.append("\n".join(["flags (with hyphens or underscores):", *_columns(flags(command), width)]))
     parts.append(f"All settings: {command.name} --explain. Their values: {command.name} --print-config.")
     return "\n\n".join(parts)
+
+
+def flags(command: Command[Any]) -> list[tuple[str, str]]:
+    """Each flag as it is typed, with what it does."""
+    return [(_invocation(action), str(action.help)) for action in _Parser(command)._actions if action.help]
 
 
 def _invocation(action: argparse.Action) -> str:
@@ -267,6 +270,8 @@ def _invocation(action: argparse.Action) -> str:
             return f"{names} [{value}]"
         case "+":
             return f"{names} {value} …"
+        case "*":
+            return f"{names} {value} …".lstrip()  # no flag: the words that stand alone
         case _:
             return f"{names} {value}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 from pydantic import BaseModel
@@ -60,8 +61,8 @@ def toml_value(value: Any) -> str:
         case list():
             return f"[{', '.join(toml_value(item) for item in cast('list[Any]', value))}]"
         case dict():
-            items = cast("dict[str, Any]", value).items()
-            return f"{{ {', '.join(f'{toml_value(key)} = {toml_value(item)}' for key, item in items)} }}"
+            items = [f"{toml_value(key)} = {toml_value(item)}" for key, item in cast("dict[str, Any]", value).items()]
+            return f"{{ {', '.join(items)} }}" if items else "{}"
         case _:
             raise AssertionError(f"no configuration holds {value!r}")
 
@@ -112,6 +113,20 @@ def _all_tables(table: type) -> Iterator[type]:
 # -- explanations ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What there is to say about a setting."""
+
+    name: str
+    """Without the table's."""
+    default: str
+    """In TOML's notation; empty where a value is required."""
+    takes: str
+    """`whole number, at least 1`."""
+    text: str
+    """Its documentation, in one line."""
+
+
 def explain(schema: type[BaseModel], name: str = "", width: int = 100) -> str:
     """What a table (`training`) or a setting (`training.max_steps`) means; without a name, every table in one line."""
     if not name:
@@ -123,9 +138,7 @@ def explain(schema: type[BaseModel], name: str = "", width: int = 100) -> str:
         raise UserError(f"There is no table {table!r}; the tables are {', '.join(fields(schema))}.", EXIT_USAGE)
     paragraphs: list[str] = []
     for kind in kinds(annotation):
-        texts, values, types = documentation(kind), defaults(kind), fields(kind)
-        shown = [field for field in types if setting in ("", field)]
-        entries = [_setting(f"{table}.{field}", types[field], values, texts.get(field, ""), width) for field in shown]
+        entries = [_explained(table, found, width) for found in settings(kind) if setting in ("", found.name)]
         if entries:
             paragraphs.append("\n".join([_heading(table, kind), *entries]))
     if not paragraphs:
@@ -147,16 +160,23 @@ def summaries(schema: type[BaseModel], names: tuple[str, ...]) -> Iterator[tuple
             yield name, text.split(". ")[0].split("; ")[0].rstrip(".")
 
 
+def settings(kind: type) -> Iterator[Setting]:
+    """The settings of one kind of a table, in order of declaration."""
+    texts, values = documentation(kind), defaults(kind)
+    for name, annotation in fields(kind).items():
+        default = toml_value(_plain(values[name])) if name in values else ""
+        yield Setting(name, default, type_name(annotation), texts.get(name, ""))
+
+
 def _heading(table: str, kind: type) -> str:
     tag = tag_of(kind)
     choice = f' {tag[0]} = "{tag[1]}"' if tag else ""
     return f"[{table}]{choice}: {' '.join((kind.__doc__ or '').split())}"
 
 
-def _setting(name: str, annotation: Any, values: Mapping[str, Any], text: str, width: int) -> str:
-    short = name.rpartition(".")[2]
-    value = toml_value(_plain(values[short])) if short in values else "(required)"
-    return _entry(f"{name} = {value}", f"{type_name(annotation)}. {text}", width)
+def _explained(table: str, setting: Setting, width: int) -> str:
+    head = f"{table}.{setting.name} = {setting.default or '(required)'}"
+    return _entry(head, f"{setting.takes}. {setting.text}", width)
 
 
 def _plain(value: Any) -> Any:
