@@ -212,6 +212,17 @@ def test_held_out_documents_are_not_trained_on(tmp_path: Path, tokenizer: Tokeni
     assert 10 < len(found["val"]) < 90
 
 
+def test_one_long_text_is_cut_so_that_a_share_of_it_can_be_held_out(tmp_path: Path) -> None:
+    text = "".join(f"This is the sentence number {i} of one text.\n" for i in range(500))
+    (tmp_path / "x.txt").write_text(text)
+    paths = (str(tmp_path / "x.txt"),)
+    corpus = FilesCorpusSpec(train_paths=paths, validation_fraction=0.2, max_document_characters=300)
+    found = {split: list(open_documents(corpus, split)) for split in ("train", "val")}
+    assert len(found["val"]) > 5 and max(map(len, found["train"])) <= 300
+    cut = list(open_documents(dataclasses.replace(corpus, validation_fraction=0.0), "train"))
+    assert "".join(cut) == text and sorted(cut) == sorted(found["train"] + found["val"])
+
+
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SETTINGS: dict[type, dict[str, tuple[object, str]]] = {
     GrammarCorpusSpec: {
@@ -227,6 +238,7 @@ SETTINGS: dict[type, dict[str, tuple[object, str]]] = {
         "text_field": ("b", "train val test"),
         "validation_fraction": (0.3, "train val"),
         "test_fraction": (0.3, "train val test"),
+        "max_document_characters": (3, "train val test"),
         "max_train_documents": (3, "train"),
         "max_val_documents": (3, "val"),
         "max_test_documents": (3, "test"),
