@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from profiling import nvtx
 from trainkit.errors import EXIT_USAGE, UserError
 from trainkit.specs import TrainingSpec
 from trainkit.tree import tree_sum
@@ -108,7 +109,8 @@ def all_ranks(values: Tensor, world: World) -> Tensor:
         return values[None]
     gathered = values.new_empty(world.size, *values.shape)
     # Flat, because gloo wants to see the ranks' tensors joined along the first dimension.
-    dist.all_gather_into_tensor(gathered.view(-1), values.contiguous().view(-1))
+    with nvtx.range("reduce"):
+        dist.all_gather_into_tensor(gathered.view(-1), values.contiguous().view(-1))
     return gathered
 
 
@@ -179,11 +181,6 @@ class StopVote:
         self._pending.wait()
         self._pending = None
         return bool(self._votes.item())
-
-
-def wait_for_all(world: World) -> None:
-    if world.control_group is not None:
-        dist.barrier(group=world.control_group)
 
 
 def widest_float(device: torch.device) -> torch.dtype:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from profiling import nvtx
 from trainkit.distribution import World
 from trainkit.errors import EXIT_USAGE, UserError
 from trainkit.fully_sharded import made_whole, shard_fully, unsynchronised, whole_on_main
@@ -67,7 +68,7 @@ def _with_shared_optimizer(replica: Replica, world: World) -> Replica:
     return replace(
         replica,
         shares=shares,
-        after_update=partial(spread_weights, replica.module, shares, world),
+        after_update=partial(spread_weights, replica.module, shares),
         collect=partial(collect_on_main, world=world),
     )
 
@@ -104,7 +105,8 @@ def _data_parallel(model: nn.Module, world: World) -> Replica:
 
 
 def _sum_gradients(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # pyright: ignore[reportPrivateImportUsage]
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    with nvtx.range("reduce"):  # on its way; who waits for it is DDP, at the end of the backward pass
+        work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(_first_value)
 

@@ -40,7 +40,7 @@ def share_parameters(model: nn.Module, world: World) -> Shares:
 
 
 @torch.no_grad()
-def spread_weights(model: nn.Module, shares: Shares, world: World) -> None:
+def spread_weights(model: nn.Module, shares: Shares) -> None:
     """Every owner gives its weights to the others: one broadcast a rank, all under way at once."""
     parameters = dict(model.named_parameters())
     parts = [[parameters[name].detach() for name in names] for names in shares.by_rank]

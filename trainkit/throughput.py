@@ -39,10 +39,6 @@ PEAKS = {
 32 bits); the first name that occurs in the device's counts."""
 
 
-TIMED = ("step_seconds", "data_wait_fraction", "memory_bytes", "flops_per_second", "mfu")
-"""What differs between two records of the same computation, besides `time` and `<units>_per_second`."""
-
-
 class Clock:
     """Throughput between records, without the time that evaluation and saving took."""
 

@@ -18,8 +18,8 @@ import torch
 
 from cli import pipeline, train
 from trainkit.checkpoints import list_checkpoints
+from trainkit.comparing import MEASURED
 from trainkit.interrupts import Interrupts
-from trainkit.throughput import TIMED
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -62,8 +62,7 @@ def _same_threads_afterwards() -> Any:
 
 def records(run: Path) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    times = {"time", *TIMED, "tokens_per_second"}
-    found = [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
+    found = [{k: v for k, v in json.loads(line).items() if not MEASURED.fullmatch(k)} for line in lines]
     return [record for record in found if record["kind"] != "message"]
 
 

@@ -174,16 +174,3 @@ def test_the_result_does_not_depend_on_the_batch_size() -> None:
     settings = {"eot_id": EOT, "context_length": LENGTH, "draws": 6}
     first, second = (score_bound(one, DOCUMENTS, BYTES, batch_size=size, **settings) for size in (1, 6))
     np.testing.assert_allclose(first.scores.nats, second.scores.nats, rtol=1e-10)
-
-
-def test_parts_add_up_to_the_whole() -> None:
-    one = denoiser()
-    settings = {"eot_id": EOT, "context_length": LENGTH}
-    whole = score_bound(one, DOCUMENTS, BYTES, draws=6, **settings)
-    parts = [score_bound(one, DOCUMENTS, BYTES, draws=6, part=part, parts=2, **settings) for part in range(2)]
-    np.testing.assert_allclose(sum(part.scores.nats for part in parts), whole.scores.nats, rtol=1e-10)
-    assert math.hypot(*(part.standard_error for part in parts)) == pytest.approx(whole.standard_error)
-    assert all(part.scores.tokens.sum() == whole.scores.tokens.sum() for part in parts)
-    exact = score_left_to_right(one, DOCUMENTS, BYTES, **settings)
-    halves = [score_left_to_right(one, DOCUMENTS, BYTES, part=part, parts=2, **settings) for part in range(2)]
-    np.testing.assert_allclose(sum(half.nats for half in halves), exact.nats, rtol=1e-10)

@@ -12,7 +12,6 @@ from torch import Tensor
 from trainkit.data.document_order import Place
 from trainkit.data.packing import FILL, Document, best_fit, concatenate, rows
 from transformerlm.models.build import create_model
-from transformerlm.models.positions import document_positions
 from transformerlm.models.specs import AttentionBackend, TransformerSpec
 
 LENGTH = 120
@@ -67,24 +66,18 @@ def test_a_packed_document_does_not_change_a_bit_of_another(
     assert not after[may_change].equal(before[may_change])
 
 
-def test_positions_begin_anew_with_each_document() -> None:
-    segments = torch.tensor([[0, 0, 0, 1, 1, -1, -1], [0, 1, 2, 2, 2, 2, 3], [5, 5, 5, 5, 5, 5, 5]])
-    expected = [[0, 1, 2, 0, 1, 0, 1], [0, 0, 0, 1, 2, 3, 0], list(range(7))]
-    assert document_positions(segments).tolist() == expected
-    random = (torch.rand(20, 50, generator=torch.Generator().manual_seed(0)) < 0.2).long().cumsum(dim=1)
-    slow = [[sum(row[j] == row[i] for j in range(i)) for i in range(50)] for row in random.tolist()]
-    assert document_positions(random).tolist() == slow
-
-
 @pytest.mark.parametrize("causal", [True, False])
 def test_rotary_embeddings_need_no_new_positions(causal: bool) -> None:
     model = create_model(
         TransformerSpec(context_length=LENGTH, num_layers=2, d_model=32, num_heads=2), vocab_size=VOCAB
     ).double()
     tokens, numbers = packed_batch("best_fit", None)
+    segments = numbers[:, 1:]
+    within = torch.tensor(
+        [[sum(row[j] == row[i] for j in range(i)) for i in range(LENGTH)] for row in segments.tolist()]
+    )
     with torch.no_grad():
         plain, anew = (
-            model(tokens[:, :-1], segments=numbers[:, 1:], positions=positions, causal=causal)
-            for positions in (None, document_positions(numbers[:, 1:]))
+            model(tokens[:, :-1], segments=segments, positions=positions, causal=causal) for positions in (None, within)
         )
     torch.testing.assert_close(anew, plain, rtol=1e-6, atol=1e-6)

@@ -16,6 +16,7 @@ from torch import nn
 from tests.trainkit.ranks import alone, run_on_ranks
 from tests.trainkit.toys import TOYS, Regression, ToySource
 from trainkit.checkpoints import CheckpointStore, find_newest_intact, list_checkpoints, load_snapshot
+from trainkit.comparing import MEASURED
 from trainkit.distribution import World
 from trainkit.errors import UserError
 from trainkit.loop import Result, Run, train
@@ -23,9 +24,6 @@ from trainkit.precision import resolve_precision
 from trainkit.run import samples_per_step
 from trainkit.specs import AdamWSpec, CheckpointSpec, CosineScheduleSpec, TrainingSpec
 from trainkit.task import Batch, Loss, RunFacts, Task
-from trainkit.throughput import TIMED
-
-TIMES = {*TIMED, "samples_per_second"}
 
 
 @dataclass
@@ -36,7 +34,7 @@ class ListLog:
     messages: list[str] = field(default_factory=list)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        kept = {k: v for k, v in record.items() if k not in TIMES}
+        kept = {k: v for k, v in record.items() if not MEASURED.fullmatch(k)}
         self.records.append({k: v.hex() if isinstance(v, float) else v for k, v in kept.items()})
 
     def message(self, text: str) -> None:

@@ -11,7 +11,7 @@ Its bound is the average over all of them (Ou et al. 2024, arXiv:2406.03736); `s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -55,10 +55,6 @@ class Draw:
     """What a masked token's nats count, [length]."""
 
 
-Corrupt = Callable[[int, Window], Iterable[Draw]]
-"""The draws of one replicate of a window; its estimate is their mean."""
-
-
 @dataclass(frozen=True)
 class Bound:
     """An estimate of the negative evidence lower bound."""
@@ -80,23 +76,19 @@ def score_bound(
     fixed_count: bool = True,
     seed: int = 0,
     batch_size: int = 16,
-    part: int = 0,
-    parts: int = 1,
 ) -> Bound:
     """Estimate the bound of each document (ids, the final end-of-text included).
 
     A window is masked `draws` times, the noise levels stratified over them, and all that `replicates` times, which
     tells the error. `fixed_count` draws how *many* tokens are masked, and weighs by that: the same mean, less variance
     (Nie et al. 2025, arXiv:2502.09992); otherwise each token is masked on its own. The numbers of a window depend on
-    the seed and its place in the stream alone. With `parts` (ranks, say) every `parts`-th window is scored, from number
-    `part` on: the nats of all parts add up to the whole; tokens and bytes are always those of the whole.
+    the seed and its place in the stream alone.
     """
     assert draws >= 1 and replicates >= 2
     sums = _Sums(byte_lengths, eot_id)
     corrupt = _fixed_count_draws if fixed_count else _independent_draws
     variance = 0.0
-    windows = cut_windows(sums.measured(documents), context_length, eot_id)
-    for window in _share(windows, part, parts):
+    for window in cut_windows(sums.measured(documents), context_length, eot_id):
         estimates = np.zeros(replicates)
         for replicate in range(replicates):
             noise = list(corrupt(seed, window, window.index * replicates + replicate, draws, denoiser.block_size))
@@ -115,16 +107,10 @@ def score_left_to_right(
     eot_id: int,
     context_length: int,
     batch_size: int = 16,
-    part: int = 0,
-    parts: int = 1,
 ) -> Scores:
-    """−log p by the chain rule, each token predicted from those before it and masks after: exact, a pass a token.
-
-    `part` and `parts` as in `score_bound`.
-    """
+    """−log p by the chain rule, each token predicted from those before it and masks after: exact, a pass a token."""
     sums = _Sums(byte_lengths, eot_id)
-    windows = cut_windows(sums.measured(documents), context_length, eot_id)
-    for window in _share(windows, part, parts):
+    for window in cut_windows(sums.measured(documents), context_length, eot_id):
         places = np.flatnonzero(window.eligible)
         hidden = window.eligible & (np.arange(context_length) >= places[:, None])
         asked = np.arange(context_length) == places[:, None]
@@ -133,10 +119,6 @@ def score_left_to_right(
             nats = _nats(denoiser, window, hidden[rows], asked[rows], given_clean=False)
             sums.add(window, nats.sum(axis=0))
     return sums.scores()
-
-
-def _share(windows: Iterator[Window], part: int, parts: int) -> Iterator[Window]:
-    return (window for window in windows if window.index % parts == part)
 
 
 def cut_windows(documents: Iterable[IntArray], context_length: int, eot_id: int) -> Iterator[Window]:
