@@ -9,20 +9,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cli import stages
-from cli.common import Command, run_command
+from cli import layout, stages
+from cli.common import Command, configuration_file, run_command
 from cli.stages import say
 from config.loading import Loaded
 from config.rendering import to_toml
 from config.schemas import RESERVED_SETS, PipelineConfig, TrainConfig
 from trainkit.data.specs import MegatronDataSpec
+from trainkit.errors import EXIT_USAGE, UserError
 
 if TYPE_CHECKING:
     from trainkit.data.splits import Split
@@ -37,11 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(loaded: Loaded[PipelineConfig], arguments: argparse.Namespace) -> int:
+    from cli.shards import check_text
+
     config = loaded.config
-    check_writable(Path(config.run.dir) / config.run.name)
-    root = Path(config.artifacts.dir)
-    tokenizer_path, tokenizer = make_tokenizer(config, root, force=arguments.force, verify=arguments.verify)
-    prefixes = make_token_files(config, tokenizer, root, force=arguments.force, verify=arguments.verify)
+    layout.prepare(config, arguments)
+    check_text(config.corpus)
+    force, verify = arguments.force, arguments.verify
+    tokenizer_path, tokenizer = make_tokenizer(
+        config, force=force, retrain=arguments.force_retrain_tokenizer, verify=verify
+    )
+    prefixes = make_token_files(config, tokenizer, force=force, verify=verify)
     train_config = config.train_config(
         tokenizer_path=str(tokenizer_path),
         train_prefix=prefixes["train"],
@@ -49,56 +54,65 @@ def run(loaded: Loaded[PipelineConfig], arguments: argparse.Namespace) -> int:
         test_prefix=prefixes.get("test", ""),
     )
     training = Loaded(train_config, loaded.origins, loaded.source)
-    exit_code = train_model(
-        training, root, force=arguments.force, verify=arguments.verify, new_horizon=arguments.new_horizon
-    )
+    written = Path(config.artifacts.dir) / "train.toml"
+    exit_code = train_model(training, written, force=force, verify=verify, new_horizon=arguments.new_horizon)
     if exit_code == 0:
         report(train_config)
     return exit_code
 
 
-def check_writable(directory: Path) -> None:
-    """Find out before the first stage, not after the second, that the run has no place."""
-    from trainkit.errors import UserError
-
-    place = next(folder for folder in (directory, *directory.parents) if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{directory} cannot be written, because of {place}; choose another run.dir")
-
-
-def make_tokenizer(config: PipelineConfig, root: Path, *, force: bool, verify: bool) -> tuple[Path, Tokenizer]:
-    """The tokenizer of the configuration: an existing one by its path, or one trained on the training split."""
+def make_tokenizer(config: PipelineConfig, *, force: bool, retrain: bool, verify: bool) -> tuple[Path, Tokenizer]:
+    """The tokenizer of the configuration: an existing one by its path, one that runs share, or one trained here on the
+    training split."""
     from cli.corpora import fingerprint, open_documents, require_documents
-    from transformerlm.tokenizer.tokenizer import Tokenizer
 
     if config.tokenizer.path:
-        say("tokenizer", f"{config.tokenizer.path}, as it is")
-        return Path(config.tokenizer.path), Tokenizer.load(config.tokenizer.path)
-    path = root / "tokenizer"
+        if retrain:
+            raise UserError(
+                "tokenizer.path names a tokenizer to use as it is; leave out --force-retrain-tokenizer", EXIT_USAGE
+            )
+        return existing_tokenizer(Path(config.tokenizer.path))
+    shared = config.artifacts.tokenizer_dir
+    path = Path(shared or Path(config.artifacts.dir) / "tokenizer")
+    if shared and not (force or retrain) and path.is_dir() and any(path.iterdir()):
+        stages.require_same_settings(path, config.tokenizer)
+        return existing_tokenizer(path)
     tokenizer = stages.make_tokenizer(
         path,
         config.tokenizer,
         lambda: require_documents(open_documents(config.corpus, "train"), "the training split"),
         fingerprint(config.corpus, "train"),
-        force=force,
+        force=force or retrain,
         verify=verify,
     )
     return path, tokenizer
 
 
-def make_token_files(
-    config: PipelineConfig, tokenizer: Tokenizer, root: Path, *, force: bool, verify: bool
-) -> dict[Split, str]:
+def existing_tokenizer(path: Path) -> tuple[Path, Tokenizer]:
+    from transformerlm.tokenizer.specs import END_OF_TEXT
+    from transformerlm.tokenizer.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(path)
+    if END_OF_TEXT not in tokenizer.special_tokens:
+        raise UserError(f"the tokenizer {path} has no {END_OF_TEXT}, which ends each document; choose another")
+    say("tokenizer", f"{path}, as it is")
+    return path, tokenizer
+
+
+def make_token_files(config: PipelineConfig, tokenizer: Tokenizer, *, force: bool, verify: bool) -> dict[Split, str]:
     """Token files of each split that the corpus has; returns their prefixes."""
     from cli.corpora import has_split
     from cli.make_data import ProgressLine
     from cli.token_files import build_token_files
 
     prefixes: dict[Split, str] = {}
+    shared = config.artifacts.tokens_dir
+    folder = Path(shared or Path(config.artifacts.dir) / "tokens")
+    kept_apart_by = "--experiment" if shared else "artifacts.dir"
     for split in SPLITS:
         if not has_split(config.corpus, split):
             continue
-        prefix, start = root / "tokens" / split, time.monotonic()
+        prefix, start = folder / split, time.monotonic()
         earlier = _corpus_of(prefix)
         line = ProgressLine(str(prefix))
         try:
@@ -117,7 +131,7 @@ def make_token_files(
         how = "up to date" if made.reused else f"in {time.monotonic() - start:.1f} s"
         if not made.reused and not force and earlier is not None:
             what = stages.changes("corpus", earlier, dataclasses.asdict(config.corpus)) or "other text or tokenizer"
-            how += f", in place of earlier ones ({what}; another artifacts.dir keeps both)"
+            how += f", in place of earlier ones ({what}; another {kept_apart_by} keeps both)"
         say("data", f"{prefix}: {made.manifest.documents:,} documents, {made.manifest.tokens:,} tokens, {how}")
         prefixes[split] = str(prefix)
     return prefixes
@@ -135,15 +149,16 @@ def _corpus_of(prefix: Path) -> dict[str, Any] | None:
     return dict(manifest.source.get("corpus", {})) if manifest else None
 
 
-def train_model(loaded: Loaded[TrainConfig], root: Path, *, force: bool, verify: bool, new_horizon: bool) -> int:
-    """Train, go on training, or find that it is done; returns the exit code."""
+def train_model(loaded: Loaded[TrainConfig], written: Path, *, force: bool, verify: bool, new_horizon: bool) -> int:
+    """Train, go on training, or find that it is done; returns the exit code. The configuration goes to `written`."""
     from cli.training import EXIT_CODES, is_finished, run_directory, train_from_config
-    from trainkit.artifacts import publish_file, verify_directory
+    from trainkit.artifacts import make_directory, publish_file, verify_directory
     from trainkit.run_directory import set_aside
 
     config, toml = loaded.config, to_toml(loaded)
     directory = run_directory(config)
-    publish_file(root / "train.toml", toml)
+    make_directory(written.parent)
+    publish_file(written, toml)
     if force:
         set_aside(directory)
     if is_finished(config):
@@ -151,7 +166,7 @@ def train_model(loaded: Loaded[TrainConfig], root: Path, *, force: bool, verify:
         if verify:
             verify_directory(directory / "checkpoints" / "latest")
         return 0
-    say("training", f"{directory}; {root / 'train.toml'} is its configuration")
+    say("training", f"{directory}; {written} is its configuration")
     result = train_from_config(config, config_toml=toml, resume=True, new_horizon=new_horizon)
     return EXIT_CODES[result.status]
 
@@ -237,7 +252,13 @@ def _tell_stories(config: TrainConfig, directory: Path) -> list[str]:
     return [text for mode in modes for text in tell(predictor, config.inference, config.run.seed, mode)]
 
 
+def _adapt(arguments: argparse.Namespace) -> None:
+    layout.choose_profile(arguments)
+    arguments.layers = layout.settings_of_flags(arguments, configuration_file(COMMAND, arguments))
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    layout.add_arguments(parser)
     parser.add_argument("--force", action="store_true", help="make everything again; an earlier run is set aside")
     parser.add_argument("--verify", action="store_true", help="check what is reused against its SHA-256")
     parser.add_argument(
@@ -260,10 +281,13 @@ COMMAND = Command(
         "--config-name tinystories corpus.kind=files 'corpus.train_paths=[\"train.jsonl\"]' "
         "'corpus.val_paths=[\"val.jsonl\"]'",
         "--config my.toml training.max_steps=2000 --force",
+        "--profile local --input data/input.txt --run-dir runs/local-smoke",
+        "--mode cloud --profile runpod_2b --input /workspace/datasets/train/fineweb --run-dir runs/fineweb-2b",
     ),
     useful=("run.name", "corpus.kind", "tokenizer.vocab_size", "model.num_layers", "training.max_steps"),
     flags={"--max-steps": "training.max_steps", "--device": "training.device", "--name": "run.name"},
     add_arguments=_add_arguments,
+    adapt=_adapt,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainkit.errors import EXIT_USAGE, UserError
 from transformerlm.tokenizer.specs import TokenizerTrainingSpec
 
 if TYPE_CHECKING:
@@ -32,10 +34,9 @@ def make_tokenizer(
     from trainkit.artifacts import require_replaceable, verify_directory
     from transformerlm.tokenizer.tokenizer import Tokenizer
 
-    settings = {name: getattr(spec, name) for name in TokenizerTrainingSpec.__dataclass_fields__}
     made_of: dict[str, Any] = {
         "recipe": TOKENIZER_RECIPE,
-        "settings": {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
+        "settings": _settings(spec),
         "fingerprint": fingerprint,
     }
     earlier = _made_of(path)
@@ -49,10 +50,21 @@ def make_tokenizer(
         what = changes("tokenizer", earlier.get("settings", {}), made_of["settings"]) or "of other text"
         say("tokenizer", f"replacing {path} ({what}); runs trained with it go on only when it is made again as it was")
     start = time.monotonic()
-    tokenizer, about = train_on_documents(documents(), TokenizerTrainingSpec(**settings))
+    tokenizer, about = train_on_documents(documents(), _training_spec(spec))
     tokenizer.save(path, replace=True, about={**about, "made_of": made_of})
     say("tokenizer", f"{path}: {tokenizer.vocab_size:,} ids in {time.monotonic() - start:.1f} s")
     return tokenizer
+
+
+def require_same_settings(path: Path, spec: TokenizerTrainingSpec) -> None:
+    """Refuse a shared tokenizer that was trained here with other settings; one from elsewhere has none."""
+    earlier = _made_of(path)
+    if earlier and (what := changes("tokenizer", earlier.get("settings", {}), _settings(spec))):
+        raise UserError(
+            f"{path} was trained with other settings ({what}): take these, choose another --experiment, or train it "
+            "again with --force-retrain-tokenizer",
+            EXIT_USAGE,
+        )
 
 
 def changes(table: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -65,10 +77,19 @@ def changes(table: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> st
     )
 
 
+def _training_spec(spec: TokenizerTrainingSpec) -> TokenizerTrainingSpec:
+    """The training alone, where `spec` is the table of a command that has more settings."""
+    return TokenizerTrainingSpec(**{name: getattr(spec, name) for name in TokenizerTrainingSpec.__dataclass_fields__})
+
+
+def _settings(spec: TokenizerTrainingSpec) -> dict[str, Any]:
+    """As JSON has them."""
+    return json.loads(json.dumps(dataclasses.asdict(_training_spec(spec))))
+
+
 def _made_of(path: Path) -> dict[str, Any] | None:
     """What the directory says that it was made of; None where there is none, or its manifest cannot be read."""
     from trainkit.artifacts import read_manifest
-    from trainkit.errors import UserError
 
     try:
         return dict(read_manifest(path).get("made_of", {}))

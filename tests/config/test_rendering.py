@@ -29,6 +29,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "quickstart_dual": PipelineConfig,
     "corpus_long": PipelineConfig,
     "tinystories": PipelineConfig,
+    "local": PipelineConfig,
     "train_tokenizer": COMMANDS["transformerlm-train-tokenizer"],
     "make_data": COMMANDS["transformerlm-make-data"],
     "simplestories": COMMANDS["transformerlm-train"],
