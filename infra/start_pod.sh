@@ -2,13 +2,14 @@
 # What a cloud pod runs (infra/runpod-pod.yaml): text shards where RUN_SHARD=1 asks for them, then the pipeline, which goes on
 # where an earlier pod stopped.
 #
-#   RUN_CONFIG      profile in config/resources (runpod_2b)
+#   RUN_CONFIG      profile in config/resources, or a file (runpod_2b)
 #   RUN_SHARD       1 = shard RUN_DATASET first (0)
-#   RUN_DATASET     data set of the hub (HuggingFaceFW/fineweb), RUN_DATASET_CONFIG its configuration (fineweb's sample-10BT)
+#   RUN_DATASET     data set of the hub, file or folder (HuggingFaceFW/fineweb); RUN_DATASET_CONFIG its configuration
+#                   (fineweb's sample-10BT)
 #   RUN_EXPERIMENT  folder of the shards (fineweb)
 #   CLOUD_ROOT      the volume (/workspace)
 #
-# Arguments are handed to transformerlm-pipeline.
+# Arguments are handed to transformerlm-pipeline. SIGTERM reaches it, and the run saves.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/lib.sh
@@ -21,6 +22,8 @@ cloud_root=${CLOUD_ROOT:-/workspace}
 experiment=${RUN_EXPERIMENT:-fineweb}
 profile=${RUN_CONFIG:-runpod_2b}
 export HF_HOME=${HF_HOME:-$cloud_root/hf_cache}
+# To create the root here would fill the disk of a container that forgets it.
+[[ -d $cloud_root ]] || die "there is no folder $cloud_root; mount the volume there, or name another by CLOUD_ROOT"
 mkdir -p "$cloud_root"/{datasets,artifacts/tokenizer,runs,hf_cache}
 
 case ${RUN_SHARD:-0} in
@@ -34,5 +37,7 @@ case ${RUN_SHARD:-0} in
     *) usage "RUN_SHARD is ${RUN_SHARD}; it must be 0 or 1" ;;
 esac
 
-in_environment transformerlm-pipeline --mode cloud --profile "$profile" \
-    --input "$cloud_root/datasets/train/$experiment" --run-dir "$cloud_root/runs/$profile" "$@"
+command=(transformerlm-pipeline --mode cloud --root "$cloud_root" --profile "$profile"
+    --input "$cloud_root/datasets/train/$experiment" --run-dir "$cloud_root/runs/$(basename "$profile" .toml)" "$@")
+has uv && command=(uv run "${command[@]}")
+exec "${command[@]}"

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def run(checkout: Path, *words: str, **variables: str) -> tuple[int, list[str], 
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     return done.returncode, log.read_text().splitlines() if log.exists() else [], done.stderr
 
@@ -67,10 +68,14 @@ def run(checkout: Path, *words: str, **variables: str) -> tuple[int, list[str], 
 def test_a_pod_trains_the_profile_that_is_named(checkout: Path) -> None:
     root = checkout / "volume"
     pod = str(checkout / "infra" / "start_pod.sh")
-    pipeline = "uv run transformerlm-pipeline --mode cloud --profile"
+    code, _, said = run(checkout, pod, CLOUD_ROOT=str(root))
+    assert code == 1 and "mount the volume there" in said and not root.exists()
+    root.mkdir()
+    pipeline = f"uv run transformerlm-pipeline --mode cloud --root {root} --profile"
     code, asked, said = run(checkout, pod, CLOUD_ROOT=str(root))
     assert code == 0, said
     assert len(asked) == 1 and asked[0].startswith(f"{pipeline} runpod_2b --input {root}/datasets/train/fineweb")
+    assert asked[0].endswith(f"--run-dir {root}/runs/runpod_2b")
     assert {path.name for path in root.iterdir()} == {"datasets", "artifacts", "runs", "hf_cache"}
 
     settings = {"RUN_CONFIG": "m3_medium", "RUN_SHARD": "1", "RUN_DATASET": "my.jsonl", "RUN_EXPERIMENT": "mine"}
@@ -78,6 +83,8 @@ def test_a_pod_trains_the_profile_that_is_named(checkout: Path) -> None:
     assert code == 0 and len(asked) == 2
     assert asked[0].startswith("uv run python scripts/shard_dataset.py --dataset my.jsonl")
     assert asked[1].startswith(f"{pipeline} m3_medium") and asked[1].endswith("--max-steps 5")
+    _, asked, _ = run(checkout, pod, CLOUD_ROOT=str(root), RUN_CONFIG="my/own.toml")
+    assert "--profile my/own.toml" in asked[0] and asked[0].endswith("/runs/own")
     code, _, said = run(checkout, pod, CLOUD_ROOT=str(root), RUN_SHARD="yes")
     assert code == 2 and "must be 0 or 1" in said
 
@@ -87,6 +94,7 @@ def test_the_sharder_takes_what_the_pod_gives_it(checkout: Path) -> None:
     (checkout / "my.jsonl").write_text("".join(json.dumps({"text": f"story {i}"}) + "\n" for i in range(200)))
     stand_in(checkout, "uv", f'[[ $2 != python ]] || exec "{sys.executable}" "${{@:3}}"')
     settings = {"RUN_SHARD": "1", "RUN_DATASET": str(checkout / "my.jsonl"), "RUN_DATASET_CONFIG": ""}
+    (checkout / "volume").mkdir()
     code, _, said = run(
         checkout,
         *(str(checkout / "infra" / "start_pod.sh"),),
@@ -96,6 +104,108 @@ def test_the_sharder_takes_what_the_pod_gives_it(checkout: Path) -> None:
     )
     assert code == 0, said
     assert list((checkout / "volume" / "datasets" / "train" / "fineweb").iterdir())
+
+
+TINY = f"""\
+extends = "{ROOT}/config/resources/local.toml"
+[model]
+context_length = 32
+num_layers = 1
+d_model = 32
+num_heads = 2
+[training]
+max_steps = 6
+total_batch_size = 128
+device_batch_size = 4
+log_every = 1
+eval_every = 0
+save_every = 0
+precision = "fp32"
+threads = 1
+[schedule]
+warmup_steps = 2
+[logging]
+plots = false
+tensorboard = false
+[inference]
+prompts = []
+"""
+
+
+@pytest.fixture
+def pod(checkout: Path) -> dict[str, str]:
+    """A checkout whose commands are the real ones, a volume, and stories to shard; what the pod's settings are."""
+    for folder in ("volume", "home"):
+        (checkout / folder).mkdir()
+    (checkout / "tiny.toml").write_text(TINY)
+    rows = ({"text": f"The mouse number {i} has {i * i} pieces of cheese and {i % 7} friends."} for i in range(400))
+    (checkout / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stand_in(
+        checkout,
+        "uv",
+        f'[[ $2 == python ]] && exec "{sys.executable}" "${{@:3}}"\n'
+        f'[[ $2 == transformerlm-pipeline ]] && exec "{sys.executable}" -m cli.pipeline "${{@:3}}"\nexit 9',
+    )
+    return {
+        "CLOUD_ROOT": str(checkout / "volume"),
+        "RUN_CONFIG": str(checkout / "tiny.toml"),
+        "RUN_DATASET": str(checkout / "my.jsonl"),
+        "RUN_EXPERIMENT": "mice",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def status(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "status.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_pod_shards_and_trains_for_real(checkout: Path, pod: dict[str, str]) -> None:
+    script, volume = str(checkout / "infra" / "start_pod.sh"), checkout / "volume"
+    code, _, said = run(checkout, script, **pod, RUN_SHARD="0")
+    assert code == 1 and "datasets/train/mice does not exist" in said
+    code, _, said = run(checkout, script, **pod, RUN_SHARD="1")
+    assert code == 0, said
+    assert "documents in 1 shard, as manifest.json says" in said
+    assert status(volume / "runs" / "tiny") | {"time": 0} == {"status": "finished", "step": 6, "message": "", "time": 0}
+    assert (volume / "artifacts" / "tokenizer" / "mice" / "tokenizer.json").exists()
+    assert (volume / "artifacts" / "tokens" / "mice" / "val.bin").exists()
+    assert (volume / "artifacts" / "tiny" / "train.toml").exists()
+
+    # Another profile on the same shards: what is made already serves it too.
+    settings = ["model.num_layers=1", "model.d_model=32", "training.max_steps=2", "training.threads=1"]
+    code, _, said = run(checkout, script, *settings, **{**pod, "RUN_CONFIG": "local"})
+    assert code == 0, said
+    assert "tokenizer/mice, as it is" in said and said.count("up to date") == 2
+    assert status(volume / "runs" / "local")["status"] == "finished"
+
+    shard = volume / "datasets" / "train" / "mice" / "shard-00000.lines"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    code, _, said = run(checkout, script, **pod)
+    assert code == 1 and "shard-00000.lines has" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_pod_that_is_stopped_saves_and_goes_on(checkout: Path, pod: dict[str, str]) -> None:
+    """SIGTERM to the script is what `docker stop` sends."""
+    command = [str(checkout / "infra" / "start_pod.sh"), "training.max_steps=100000", "training.save_every=50"]
+    base = {key: value for key, value in os.environ.items() if not key.startswith(("RUN_", "HF_"))}
+    variables = {**base, **pod, "RUN_SHARD": "1", "PATH": f"{checkout / 'bin'}:{base['PATH']}"}
+    metrics = checkout / "volume" / "runs" / "tiny" / "metrics.jsonl"
+    process = subprocess.Popen(command, cwd=checkout, env=variables, stdout=subprocess.DEVNULL)
+    try:
+        while not (metrics.exists() and '"step": 60,' in metrics.read_text()) and process.poll() is None:
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(120) == 75
+    finally:
+        process.kill()
+    stopped = status(metrics.parent)
+    assert stopped["status"] == "preempted" and isinstance(stopped["step"], int)
+    code, _, said = run(checkout, command[0], f"training.max_steps={stopped['step'] + 2}", "--new-horizon", **pod)
+    assert code == 0, said
+    assert status(metrics.parent)["step"] == stopped["step"] + 2
 
 
 @pytest.mark.parametrize(
