@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import threading
 import time
-from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,18 +22,6 @@ from trainkit.loop import train
 from trainkit.specs import CheckpointSpec, LoggingSpec
 
 QUIET = LoggingSpec(console="off", csv=False, plots=False)
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Generator[Path]:
-    """A file system of 512 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(place)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting is not permitted here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def texts(folder: Path) -> list[str]:
