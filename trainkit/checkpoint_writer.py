@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from profiling import nvtx
 from trainkit.checkpoints import CheckpointStore, Snapshot, copy_to_host, save_checkpoint
 from trainkit.errors import UserError
 from trainkit.remote import Mirror, open_remote
@@ -138,7 +139,8 @@ class CheckpointWriter:
     def _attempt(self, snapshot: Snapshot) -> str | None:
         """What went wrong; `None` when the checkpoint is there."""
         try:
-            self.newest = save_checkpoint(self._store, snapshot)
+            with nvtx.range("write"):
+                self.newest = save_checkpoint(self._store, snapshot)
             if self._mirror is not None:
                 self._mirror.wake(snapshot.trainer["step"])
         except (UserError, OSError) as error:

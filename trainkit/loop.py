@@ -39,7 +39,8 @@ def train(run: Run, resume: Snapshot | None = None) -> Result:
             with closing(run.source.steps(resume.trainer["data"] if resume else None)) as steps, writing(run, state):
                 steps = ramped(steps, run.training, state.step)
                 first = next(steps)
-                announce(run, state, first[0])
+                with nvtx.range("trial"):
+                    announce(run, state, first[0])
                 status = _run_steps(run, state, chain([first], steps))
                 state.stop_vote.close()
                 run.watchdog.enter("finish", state.step)
@@ -56,7 +57,8 @@ def _run_steps(run: Run, state: State, steps: Steps) -> Status:
         run.watchdog.enter(phase, state.step)
         phase = "step"
         norms = _norms_of_this_step(run, state)
-        take_step(run, state, micro_batches, norms or _NO_PROBE)
+        with nvtx.range("step"):
+            take_step(run, state, micro_batches, norms or _NO_PROBE)
         state.step, state.data = state.step + 1, data_state
 
         is_last = state.step == training.max_steps
@@ -82,10 +84,10 @@ def _run_steps(run: Run, state: State, steps: Steps) -> Status:
         if evaluates and _validate(run, state, clock):
             saves = True
         if samples:
-            with clock.paused():
+            with clock.paused(), nvtx.range("sample"):
                 _sample(run, state)
         if saves and run.checkpoints is not None:
-            with clock.paused():
+            with clock.paused(), nvtx.range("save"):
                 if not save(run, run.checkpoints, state, totals, is_stopping=is_stopping):
                     return "non-finite"
         if is_stopping:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from profiling import nvtx
 from trainkit.distribution import World
 from trainkit.tree import finished_pairs, is_power_of_two, odd_part
 
@@ -98,7 +99,8 @@ class TreeReducer:
     def finish(self) -> None:
         (total,) = self._stack
         if self._world.size > 1:
-            add_over_ranks(total.flat, self._received, self._world)
+            with nvtx.range("reduce"):
+                add_over_ranks(total.flat, self._received, self._world)
         self._attach(total)
         self._free.append(self._stack.pop())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from profiling import nvtx
 from trainkit.checkpoint_writer import CheckpointWriter
 from trainkit.checkpoints import CheckpointStore, Snapshot, model_tensors, non_finite_tensors
 from trainkit.disk_space import check_checkpoint_places, estimate_checkpoint_bytes
@@ -28,7 +27,7 @@ def writing(run: Run, state: State) -> Generator[None]:
     size = estimate_checkpoint_bytes(state.replica.module, state.average)
     warning = main_first(lambda: check_checkpoint_places(store, size), run.world)
     if warning:
-        run.log.message(warning)
+        run.log.message(warning, state.step)
     if not run.world.is_main:
         yield
         return
@@ -42,7 +41,7 @@ def writing(run: Run, state: State) -> Generator[None]:
 def tell(run: Run, state: State) -> None:
     """What happened to the checkpoints meanwhile."""
     for text in state.writer.messages() if state.writer else ():
-        run.log.message(text)
+        run.log.message(text, state.step)
 
 
 def save(run: Run, store: CheckpointStore, state: State, open_metrics: Totals, *, is_stopping: bool) -> bool:
@@ -69,14 +68,14 @@ def save(run: Run, store: CheckpointStore, state: State, open_metrics: Totals, *
             "smoothed_loss": state.meter.smoothed_loss.state(),
             "log_offset": run.log.offset,
         }
-        with nvtx.range("save"):
-            snapshot = Snapshot(trainer, weights, optimizer, average)
-            bad = non_finite_tensors(snapshot)
-            if bad:
-                run.log.message(
-                    f"stopped at step {state.step}: {bad[0]} holds an infinity or a NaN; nothing of it was saved, "
-                    "the newest checkpoint is from before; lower optimizer.learning_rate or look at the data"
-                )
-            else:
-                state.writer.save(snapshot)
+        snapshot = Snapshot(trainer, weights, optimizer, average)
+        bad = non_finite_tensors(snapshot)
+        if bad:
+            run.log.message(
+                f"stopped at step {state.step}: {bad[0]} holds an infinity or a NaN; nothing of it was saved, "
+                "the newest checkpoint is from before; lower optimizer.learning_rate or look at the data",
+                state.step,
+            )
+        else:
+            state.writer.save(snapshot)
     return not any_rank(bool(bad), run.world)

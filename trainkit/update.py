@@ -25,11 +25,13 @@ def take_step(run: Run, state: State, micro_batches: list[Batch], probe: Probe) 
     training, device, model = run.training, run.world.device, state.replica.module
     factor = learning_rate_factor(run.schedule, state.step, training.max_steps)
     set_learning_rate(state.optimizer, run.optimizer.learning_rate * factor)
+    with nvtx.range("transfer"):
+        batches = [to_device(batch, device) for batch in micro_batches]
     with probe.forward():
         sums = accumulate_gradients(
             state.replica,
             run.task,
-            [to_device(batch, device) for batch in micro_batches],
+            batches,
             run.world,
             autocast=autocast(run),
             scale=state.scaler.scale,
@@ -43,8 +45,8 @@ def take_step(run: Run, state: State, micro_batches: list[Batch], probe: Probe) 
         probe.after_update()
         is_blameless = state.scaler.blames(skip)
         state.scaler.update(skip)
-    if training.ema_decay:
-        update_average(state.average, model, training.ema_decay, state.step + 1, skip)
+        if training.ema_decay:
+            update_average(state.average, model, training.ema_decay, state.step + 1, skip)
     state.meter.add(sums, norm, skip)
     state.skips.add(state.step, skip, is_blameless, sums.is_finite, micro_batches)
 

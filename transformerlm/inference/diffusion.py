@@ -90,11 +90,12 @@ def denoise(
             with nvtx.range("denoise"):
                 places, wanted = _on_device(is_open, _wanted(is_open, denoising, steps_left), device)
                 logits = read(places)
-                if stop_id is not None:
-                    logits = _without_stops(logits, never_stops[places], stop_id)
-                seen = _seen(canvas, places, logits.shape[-1], unpenalized) if penalizes else None
-                log_probs = adjusted_log_probs(logits, sampling, seen=seen)
-                tokens = _draw(log_probs, drawing[places], sampling)
+                with nvtx.range("draw", "fine"):
+                    if stop_id is not None:
+                        logits = _without_stops(logits, never_stops[places], stop_id)
+                    seen = _seen(canvas, places, logits.shape[-1], unpenalized) if penalizes else None
+                    log_probs = adjusted_log_probs(logits, sampling, seen=seen)
+                    tokens = _draw(log_probs, drawing[places], sampling)
                 if judge is None:
                     chosen = choose_places(log_probs, places, waiting, wanted, denoising)
                 else:

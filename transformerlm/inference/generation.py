@@ -58,15 +58,16 @@ def generate(
     for step in range(max(limits)):
         with nvtx.range("decode" if step else "prefill"):
             logits = _next_logits(model, tokens, segments=segments, positions=positions, cache=cache)
-        logits = logits.to(sampler_device)
-        if banned is not None:
-            logits = logits.masked_fill(banned, -math.inf)
-        if seen is not None and stop_id is not None:
-            seen[:, stop_id] = False
-        new = sample_tokens(logits, sampling, numbers[:, step], seen=seen)
-        if seen is not None:
-            seen.scatter_(1, new.unsqueeze(1), True)
-        ids: list[int] = new.tolist()
+            with nvtx.range("draw", "fine"):
+                logits = logits.to(sampler_device)
+                if banned is not None:
+                    logits = logits.masked_fill(banned, -math.inf)
+                if seen is not None and stop_id is not None:
+                    seen[:, stop_id] = False
+                new = sample_tokens(logits, sampling, numbers[:, step], seen=seen)
+                if seen is not None:
+                    seen.scatter_(1, new.unsqueeze(1), True)
+                ids: list[int] = new.tolist()
         yield [None if ended else token for ended, token in zip(has_ended, ids, strict=True)]
         has_ended = [
             ended or token == stop_id or step + 1 == limit

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from profiling import nvtx
 from transformerlm.inference.denoising import Denoiser, Places
 from transformerlm.inference.specs import DenoisingSpec
 from transformerlm.models.cache import KeyValueCache
@@ -142,4 +143,5 @@ def _empty_cache(denoiser: Denoiser, tokens: Tensor) -> KeyValueCache:
 @torch.inference_mode()
 def _fill_cache(denoiser: Denoiser, tokens: Tensor, cache: KeyValueCache, mask: Tensor | None) -> None:
     mask = None if mask is None else mask.to(tokens.device)
-    denoiser.model.forward(tokens, cache=cache, causal=False, mask=mask, readout=lambda hidden, head: None)
+    with nvtx.range("prefill"):
+        denoiser.model.forward(tokens, cache=cache, causal=False, mask=mask, readout=lambda hidden, head: None)

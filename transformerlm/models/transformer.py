@@ -192,10 +192,11 @@ class Block(nn.Module):
         return self._forward(hidden, context)
 
     def _forward(self, hidden: Tensor, context: Context) -> Tensor:
-        with nvtx.range("attention", "fine"):
-            hidden = hidden + self.attention(self.attention_norm(hidden), context)
-        with nvtx.range("feed_forward", "fine"):
-            return hidden + self.feed_forward(self.feed_forward_norm(hidden))
+        with nvtx.range("layer", "verbose"):
+            with nvtx.range("attention", "fine"):
+                hidden = hidden + self.attention(self.attention_norm(hidden), context)
+            with nvtx.range("feed_forward", "fine"):
+                return hidden + self.feed_forward(self.feed_forward_norm(hidden))
 
 
 class Attention(nn.Module):
