@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from cli.common import counted
+from cli.corpora import has_split, local_paths, open_documents
 from cli.stages import say
 from config.corpora import CorpusSpec, FilesCorpusSpec
 from trainkit.artifacts import MANIFEST, is_sealed, read_manifest, verify_directory
@@ -21,11 +22,12 @@ _BLOCK = 1 << 20
 
 
 def check_text(corpus: CorpusSpec) -> None:
-    """Refuse local text that is missing, empty or, as shards, not what their manifest says."""
+    """Refuse local text that is missing, empty or, as shards, not what their manifest says, or too little to divide."""
     match corpus:
         case FilesCorpusSpec():
             for path in map(Path, (*corpus.train_paths, *corpus.val_paths, *corpus.test_paths)):
                 check_path(path)
+            check_splits(corpus)
         case _:
             pass
 
@@ -36,6 +38,16 @@ def check_path(path: Path) -> None:
             check_shards(folder)
     if not any(file.stat().st_size for file in list_files([path])):
         raise UserError(f"{path} is empty; give it some text")
+
+
+def check_splits(corpus: FilesCorpusSpec) -> None:
+    """Refuse a share of so few documents that none is in it."""
+    for split in ("train", "val", "test"):
+        if has_split(corpus, split) and next(open_documents(corpus, split), None) is None:
+            raise UserError(
+                f"no document of {', '.join(local_paths(corpus, split))} falls to {split}: take more text, another "
+                "corpus.validation_fraction, or cut it into more documents by corpus.max_document_characters"
+            )
 
 
 def is_shards(folder: Path) -> bool:
