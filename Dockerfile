@@ -7,9 +7,10 @@
 # --init is not needed: tini passes signals on, so that `docker stop` saves the run (give it --time 300).
 FROM python:3.12-slim-bookworm
 
+# Without the keys of sshd, which would be the same wherever the image runs; infra/start_pod.sh makes some.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends curl git openssh-server rsync tini tmux \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_*
 RUN pip install --no-cache-dir uv rust-just
 
 WORKDIR /app

@@ -122,14 +122,14 @@ def _places(arguments: argparse.Namespace, run: str) -> list[Tree]:
     directory = root / (arguments.run_dir or f"runs/{run}")
     if directory.name in ("", ".."):
         raise UserError(f"--run-dir {arguments.run_dir} has no name; name a folder such as runs/smoke", EXIT_USAGE)
-    chosen = {"dir": str(directory.parent), **({"name": directory.name} if arguments.run_dir else {})}
+    if arguments.run_dir:
+        chosen = [with_origin({"run": {"dir": str(directory.parent), "name": directory.name}}, "--run-dir")]
+    else:  # here a configuration may have a folder of its own for its runs
+        chosen = [with_origin({"run": {"dir": str(directory.parent)}}, "--mode")] if root != Path() else []
     artifacts = {"dir": str(root / "artifacts" / run)}
     if experiment := _experiment(arguments, run):
         artifacts |= {f"{what}_dir": str(root / "artifacts" / what / experiment) for what in ("tokenizer", "tokens")}
-    return [
-        with_origin({"run": chosen}, "--run-dir" if arguments.run_dir else "--mode"),
-        with_origin({"artifacts": artifacts}, "--input" if arguments.input else "--mode"),
-    ]
+    return [*chosen, with_origin({"artifacts": artifacts}, "--input" if arguments.input else "--mode")]
 
 
 def _experiment(arguments: argparse.Namespace, run: str) -> str:

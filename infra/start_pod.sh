@@ -8,6 +8,7 @@
 #                   (fineweb's sample-10BT)
 #   RUN_EXPERIMENT  folder of the shards (fineweb)
 #   CLOUD_ROOT      the volume (/workspace)
+#   PUBLIC_KEY      of ssh: starts sshd, which lets its owner in
 #
 # Arguments are handed to transformerlm-pipeline. SIGTERM reaches it, and the run saves.
 set -euo pipefail
@@ -25,6 +26,14 @@ export HF_HOME=${HF_HOME:-$cloud_root/hf_cache}
 # To create the root here would fill the disk of a container that forgets it.
 [[ -d $cloud_root ]] || die "there is no folder $cloud_root; mount the volume there, or name another by CLOUD_ROOT"
 mkdir -p "$cloud_root"/{datasets,artifacts/tokenizer,runs,hf_cache}
+
+if [[ -n ${PUBLIC_KEY:-} ]]; then # of whoever may log in to watch and to fetch; RunPod sets it
+    mkdir -p "$HOME/.ssh" /run/sshd
+    printf '%s\n' "$PUBLIC_KEY" >"$HOME/.ssh/authorized_keys"
+    chmod 700 "$HOME/.ssh" && chmod 600 "$HOME/.ssh/authorized_keys"
+    ssh-keygen -A
+    "$(command -v sshd || echo /usr/sbin/sshd)"
+fi
 
 case ${RUN_SHARD:-0} in
     0) ;;

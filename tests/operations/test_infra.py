@@ -89,6 +89,21 @@ def test_a_pod_trains_the_profile_that_is_named(checkout: Path) -> None:
     assert code == 2 and "must be 0 or 1" in said
 
 
+def test_a_pod_lets_in_whoever_has_the_key(checkout: Path) -> None:
+    root = checkout / "volume"
+    root.mkdir()
+    for name in ("sshd", "ssh-keygen"):
+        stand_in(checkout, name, f'echo "{name} $*" >>"$LOG"')
+    pod = str(checkout / "infra" / "start_pod.sh")
+    for _ in range(2):  # a pod starts again
+        code, asked, said = run(checkout, pod, CLOUD_ROOT=str(root), PUBLIC_KEY="ssh-ed25519 AAAA me@laptop")
+        assert code == 0, said
+        assert asked[:2] == ["ssh-keygen -A", "sshd "] and asked[2].startswith("uv run transformerlm-pipeline")
+    keys = checkout / ".ssh" / "authorized_keys"
+    assert keys.read_text() == "ssh-ed25519 AAAA me@laptop\n"
+    assert keys.stat().st_mode & 0o777 == 0o600 and keys.parent.stat().st_mode & 0o777 == 0o700
+
+
 def test_the_sharder_takes_what_the_pod_gives_it(checkout: Path) -> None:
     """The real one, on a file."""
     (checkout / "my.jsonl").write_text("".join(json.dumps({"text": f"story {i}"}) + "\n" for i in range(200)))
