@@ -18,6 +18,7 @@ from cli.validation import MAIN, build_evaluator
 from config.loading import resolved
 from config.schemas import TrainConfig
 from config.specs import SamplesSpec
+from profiling.recorder import Recorder
 from trainkit.beginnings import Beginning, choose_beginning, load_beginning
 from trainkit.checkpoints import CheckpointStore, load_model_tensors, load_weights
 from trainkit.distribution import World, choose_device, main_first, open_world
@@ -254,6 +255,7 @@ def compose(
         stop_requested=lambda: interrupts.requested,
         watchdog=_watchdog(config, directory, world),
         distributed=config.distributed,
+        recorder=Recorder(config.profiling, directory / "profile", rank=world.rank, tell=log.message),
     )
 
 

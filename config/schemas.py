@@ -30,6 +30,7 @@ from config.specs import (
     TokenizerOutputSpec,
     TokensOutputSpec,
 )
+from profiling.specs import ProfilingSpec
 from trainkit.data.specs import DataSpec, MegatronDataSpec, StreamDataSpec
 from trainkit.specs import (
     AdamWSpec,
@@ -87,6 +88,8 @@ class Experiment(Schema):
     """Where records go."""
     inference: SamplesSpec = SamplesSpec()
     """The samples that the run writes."""
+    profiling: ProfilingSpec = ProfilingSpec()
+    """Where time and memory go."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

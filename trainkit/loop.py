@@ -36,7 +36,8 @@ def train(run: Run, resume: Snapshot | None = None) -> Result:
         state = start_state(run, resume)
         status: Status = "finished"
         if state.step < run.training.max_steps:
-            with closing(run.source.steps(resume.trainer["data"] if resume else None)) as steps, writing(run, state):
+            data_states = resume.trainer["data"] if resume else None
+            with closing(run.source.steps(data_states)) as steps, writing(run, state), run.recorder:
                 steps = ramped(steps, run.training, state.step)
                 first = next(steps)
                 with nvtx.range("trial"):
@@ -53,7 +54,7 @@ def _run_steps(run: Run, state: State, steps: Steps) -> Status:
     validates = run.evaluate is not None and not training.skip_validation
     clock = Clock(run, state.step)
     phase = "first step"
-    for micro_batches, data_state in clock.timed(steps):
+    for micro_batches, data_state in run.recorder.over(clock.timed(steps), state.step):
         run.watchdog.enter(phase, state.step)
         phase = "step"
         norms = _norms_of_this_step(run, state)

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from profiling.recorder import Recorder
 from trainkit.checkpoints import CheckpointStore
 from trainkit.distribution import World
 from trainkit.errors import EXIT_USAGE, UserError
@@ -79,6 +80,8 @@ class Run:
     """Polled once a step, on every rank; when any says so, all save and stop."""
     watchdog: Watchdog = field(default_factory=Watchdog)
     """Told what the loop is doing."""
+    recorder: Recorder = field(default_factory=Recorder)
+    """Writes down how long what takes, in a window of steps."""
     inspect: Inspect | None = None
     """Sees every gradient; changes nothing."""
 
