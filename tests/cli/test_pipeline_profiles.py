@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -100,6 +101,28 @@ def test_the_same_command_goes_on_and_train_runs_what_it_wrote(
     assert train.main([*written, "--resume"]) == 0
     assert train.main([*written, "--name", "slower", "--override", "optimizer.learning_rate=4e-5"]) == 0
     assert json.loads(Path("runs/slower/config.json").read_text())["optimizer"]["learning_rate"] == 4e-5
+
+
+@pytest.mark.slow
+def test_killed_anywhere_the_same_command_ends_with_the_same_weights(place: Path) -> None:
+    """SIGKILL from the first second on, in whichever stage; nothing else is done between two attempts."""
+    settings = [*SMOKE, "training.max_steps=150", "training.save_every=5", "--run-dir", "runs/smoke"]
+    command = [sys.executable, "-m", "cli.pipeline", *settings]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    assert pipeline.main([*settings, "--root", "whole"]) == 0
+    seconds, codes = 1.0, list[int]()
+    while not codes or codes[-1] == -signal.SIGKILL:
+        process = subprocess.Popen([*command, "--root", "killed"], env=environment, stdout=subprocess.DEVNULL)
+        try:
+            codes.append(process.wait(seconds))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            codes.append(process.wait())
+        seconds *= 1.3
+    assert codes[-1] == 0 and len(codes) > 3, codes
+    for name in ("model", "optimizer-00000"):
+        files = [place / root / f"runs/smoke/checkpoints/latest/{name}.safetensors" for root in ("whole", "killed")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
 
 
 def test_a_tokenizer_that_is_found_is_used(said: Callable[..., str]) -> None:
