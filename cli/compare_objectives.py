@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli.eval import Report, evaluate_checkpoint
+from cli.marks import marks, write_between_marks
 from config.specs import CheckpointEvaluationSpec, GrammarEvaluationDataSpec
-from trainkit.artifacts import publish_file
 from trainkit.errors import UserError
 from transformerlm.evaluation.specs import Method
 from transformerlm.inference.specs import PrecisionName
 
-BEGIN, END = "<!-- objectives: begin -->", "<!-- objectives: end -->"
+MARKS = "objectives"
+BEGIN, END = marks(MARKS)
 LABELS: dict[str, str] = {"ar": "next tokens", "bound": "diffusion, bound", "left_to_right": "diffusion, left to right"}
 METHODS: dict[str, tuple[Method, ...]] = {"ar": ("ar",), "diffusion": ("bound", "left_to_right")}
 HEADER = "| Run | Asked for | Bits per byte | Excess over the grammar |\n|---|---|---|---|"
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         text = table(reports)
         if arguments.write:
-            write_between_marks(arguments.write, text)
+            write_between_marks(arguments.write, MARKS, text)
     except UserError as error:
         parser.exit(error.exit_code, f"{error}\n")
     print(text)
@@ -83,16 +84,6 @@ def table(reports: Sequence[Report]) -> str:
             bits += f" ± {report.loss_error / report.loss * report.bits_per_byte:.4f}"
         rows.append(f"| `{name}` | {LABELS[report.method]} | {bits} | {grammar.excess:.1%} ± {error:.1%} |")
     return "\n".join([HEADER, *rows])
-
-
-def write_between_marks(path: Path, text: str) -> None:
-    """Replace what stands between the marks; a file without them is a `UserError`, and is left as it is."""
-    content = path.read_text(encoding="utf-8")
-    before, found, rest = content.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not (found and closed):
-        raise UserError(f"{path} does not hold {BEGIN} and {END}; add the two lines where the table belongs")
-    publish_file(path, f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -90,14 +90,6 @@ def test_both_ways_of_a_dual_model_write_and_are_compared(runs: Path, capsys: py
     assert text.count("| `quickstart_dual` |") == 3
 
 
-def test_a_page_without_the_marks_is_left_alone(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("nothing here\n")
-    with pytest.raises(UserError, match="does not hold"):
-        compare_objectives.write_between_marks(page, "table")
-    assert page.read_text() == "nothing here\n"
-
-
 @pytest.mark.slow
 def test_a_stopped_diffusion_run_goes_on_as_if_it_had_not_been(runs: Path, tmp_path: Path) -> None:
     """The noise is a function of seed and sample: stopped at step 5 and resumed, every loss is the same to the bit."""
