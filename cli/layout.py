@@ -34,6 +34,8 @@ HELD_OUT = {"validation_fraction": 0.05}
 PLAIN_TEXT = {"max_document_characters": 2000}
 """A `.txt` file without separators is one document, of which no share can be held out."""
 
+LAYOUT = ("input", "experiment", "run_dir", "root", "mode")
+"""Flags any of which asks for one root."""
 STANDS_FOR: Mapping[str, tuple[str, ...]] = {
     "input": ("corpus.kind", "corpus.train_paths"),
     "run_dir": ("run.dir", "run.name"),
@@ -90,7 +92,9 @@ def settings_of_flags(arguments: argparse.Namespace, file: Path) -> list[Tree]:
         run = Path(arguments.run_dir).name if arguments.run_dir else _run_name(merge(below, typed), file)
         layers += _places(arguments, run)
     if arguments.input:
-        layers.append(with_origin({"corpus": _corpus(Path(arguments.input), plain(below), names)}, "--input"))
+        layers.append(
+            with_origin({"corpus": _corpus(Path(arguments.input), _table(below, "corpus"), names)}, "--input")
+        )
     if arguments.tokenizer_json:
         layers.append(with_origin({"tokenizer": {"path": arguments.tokenizer_json}}, "--tokenizer-json"))
     return layers
@@ -107,7 +111,7 @@ def _refuse_both(arguments: argparse.Namespace, flag: str, typed: Collection[str
 
 def _is_laid_out(arguments: argparse.Namespace) -> bool:
     """Whether the layout decides where artifacts go, and not the configuration alone."""
-    return any(getattr(arguments, name) for name in ("mode", "root", "input", "experiment", "run_dir"))
+    return any(getattr(arguments, name) for name in LAYOUT)
 
 
 def root_of(arguments: argparse.Namespace) -> Path:
@@ -122,14 +126,21 @@ def _places(arguments: argparse.Namespace, run: str) -> list[Tree]:
     directory = root / (arguments.run_dir or f"runs/{run}")
     if directory.name in ("", ".."):
         raise UserError(f"--run-dir {arguments.run_dir} has no name; name a folder such as runs/smoke", EXIT_USAGE)
+    layers: list[Tree] = []
     if arguments.run_dir:
-        chosen = [with_origin({"run": {"dir": str(directory.parent), "name": directory.name}}, "--run-dir")]
-    else:  # here a configuration may have a folder of its own for its runs
-        chosen = [with_origin({"run": {"dir": str(directory.parent)}}, "--mode")] if root != Path() else []
+        layers.append(with_origin({"run": {"dir": str(directory.parent), "name": directory.name}}, "--run-dir"))
+    elif root != Path():  # else a configuration may have a folder of its own for its runs
+        layers.append(with_origin({"run": {"dir": str(directory.parent)}}, _first(arguments, "root", "mode")))
     artifacts = {"dir": str(root / "artifacts" / run)}
     if experiment := _experiment(arguments, run):
         artifacts |= {f"{what}_dir": str(root / "artifacts" / what / experiment) for what in ("tokenizer", "tokens")}
-    return [*chosen, with_origin({"artifacts": artifacts}, "--input" if arguments.input else "--mode")]
+    layers.append(with_origin({"artifacts": artifacts}, _first(arguments, *LAYOUT)))
+    return layers
+
+
+def _first(arguments: argparse.Namespace, *names: str) -> str:
+    """The first of these flags that is given."""
+    return next(f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name))
 
 
 def _experiment(arguments: argparse.Namespace, run: str) -> str:
@@ -153,12 +164,18 @@ def _settings(file: Path) -> Tree:
 
 
 def _run_name(settings: Tree, file: Path) -> str:
-    return str(plain(settings).get("run", {}).get("name", file.stem))
+    return str(_table(settings, "run").get("name", file.stem))
+
+
+def _table(settings: Tree, name: str) -> dict[str, Any]:
+    """The values of a table; where a file has something else in its place, validation will say so."""
+    table = settings.get(name)
+    return plain(table) if isinstance(table, dict) else {}
 
 
 def _corpus(text: Path, below: Mapping[str, Any], typed: Collection[str]) -> dict[str, Any]:
     """The text, and what it is validated on: what lies beside it as the sharder would put it there, else a share."""
-    known = below.get("corpus", {}) if below.get("corpus", {}).get("kind") == "files" else {}
+    known = below if below.get("kind") == "files" else {}
     defaults = {**HELD_OUT, **(PLAIN_TEXT if text.name.endswith((".txt", ".txt.gz")) else {})}
     place = text if text.parent.name == "train" else text.absolute()
     beside = place.parent.parent / "val" / place.name

@@ -152,6 +152,17 @@ def test_runs_share_what_has_one_experiment(printed: Callable[..., Printed]) -> 
 # -- what is refused
 
 
+def test_a_file_that_is_wrong_is_told_as_ever(refused: Callable[..., str]) -> None:
+    Path("own.toml").write_text('run = 3\ncorpus = "text"\n')
+    smoke = ["--profile", "own.toml", "--input", "a.txt"]
+    assert "is a table and has settings" in refused(*smoke, "--mode", "local", code=2)
+    Path("own.toml").write_text("[trainig]\nmax_steps = 3\n")
+    assert "did you mean `training`?" in refused(*smoke, code=2)
+    Path("own.toml").write_text("[training\n")
+    assert "is not valid TOML" in refused(*smoke, code=2)
+    assert "There is no configuration file other.toml" in refused("--profile", "other.toml")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
