@@ -45,8 +45,16 @@ def training_ranks(folder: Path) -> list[int]:
 
 def wait_until_gone(pids: list[int]) -> None:
     for pid in pids:
-        while Path(f"/proc/{pid}").exists():
+        while lives(pid):
             time.sleep(0.05)
+
+
+def lives(pid: int) -> bool:
+    """Whether the process runs; one that has ended may stay listed (`Z`) where nobody collects orphans."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
