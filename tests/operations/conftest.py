@@ -76,7 +76,7 @@ class Laptop:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=900,
             check=False,
         )
         assert not check or done.returncode == 0, f"just {' '.join(words)}: {done.returncode}\n{done.stdout}"

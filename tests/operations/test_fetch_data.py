@@ -50,7 +50,7 @@ def server(tmp_path: Path, files: dict[str, bytes]) -> Generator[Server]:
 def fetch(server: Server, *arguments: str, check: bool = True, **variables: str) -> str:
     environment = {**os.environ, "SIMPLESTORIES_URL": server.url, "GPT2_URL": f"{server.url}/gpt2", **variables}
     done = subprocess.run(
-        [SCRIPT, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=60
+        [SCRIPT, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert (done.returncode == 0) == check, done.stderr
     return done.stderr

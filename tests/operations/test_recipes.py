@@ -53,7 +53,7 @@ def run(root: Path, *words: str, check: bool = True, **variables: str) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     assert (done.returncode == 0) == check, done.stdout
     return done.stdout

@@ -35,7 +35,7 @@ def shell(
         env={**os.environ, **variables},
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     # Decoded here, where `\r` stays what it is.
     done = subprocess.CompletedProcess(ran.args, ran.returncode, ran.stdout.decode(), ran.stderr.decode())
@@ -135,7 +135,7 @@ def bootstrap(tmp_path: Path, path: str, *arguments: str) -> subprocess.Complete
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -243,7 +243,7 @@ def test_train_baseline_transformer(tmp_path: Path, arguments: tuple[str, ...], 
     variables = {**os.environ, **uv_that_tells(tmp_path)}
     variables.pop("WANDB_PROJECT", None)
     script = ROOT / "scripts" / "train_baseline_transformer.sh"
-    subprocess.run([script, *arguments], cwd=tmp_path, env=variables, check=True, timeout=60)
+    subprocess.run([script, *arguments], cwd=tmp_path, env=variables, check=True, timeout=300)
     said = (tmp_path / "log").read_text().splitlines()
     assert said == ["run", "transformerlm-train", *expected, "project=transformerlm"]
 
@@ -252,7 +252,7 @@ def test_eval_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "runs" / "a b").mkdir(parents=True)
     script = ROOT / "scripts" / "eval_checkpoint.sh"
     variables = {**os.environ, **uv_that_tells(tmp_path)}
-    subprocess.run([script, "runs/a b", "One day"], cwd=tmp_path, env=variables, check=True, timeout=60)
+    subprocess.run([script, "runs/a b", "One day"], cwd=tmp_path, env=variables, check=True, timeout=300)
     said = (tmp_path / "log").read_text().splitlines()
     assert said[:4] == ["run", "transformerlm-eval", "--checkpoint", str(tmp_path / "runs" / "a b")]
     assert said[5:11] == [
@@ -263,7 +263,7 @@ def test_eval_checkpoint(tmp_path: Path) -> None:
         "--prompt",
         "One day",
     ]
-    done = subprocess.run([script, "nothing"], env=variables, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([script, "nothing"], env=variables, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 1 and "no checkpoint nothing" in done.stderr
 
 
@@ -292,7 +292,7 @@ def start_training(tmp_path: Path, **variables: str) -> subprocess.CompletedProc
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
 
 
