@@ -7,7 +7,7 @@ profiler. Each level has the ranges of the one before:
 
 | level | range | what happens inside |
 |---|---|---|
-| `coarse` | `trial` | once, before the first step: a micro-batch forward and backward, to say what the run will cost |
+| `coarse` | `trial` | before the first step: a micro-batch forward and backward, to see what fits and what it costs |
 | | `data` | the loop waits for the batches of the next step |
 | | `step` | all of one optimizer step: `transfer`, `forward`, `backward` and `optimizer` lie in it |
 | | `transfer` | batches go to the device (nothing to do on a CPU) |

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from profiling import nvtx
 from trainkit.distribution import World, gather_over_ranks
 from trainkit.precision import autocast_context
 from trainkit.replicas import replicate
@@ -56,7 +57,8 @@ def rehearse(
     """Try `batch`; all ranks call it and get the same answer."""
     has = _available(world.device)
     try:
-        needs = _try(build(), task, batch, world, training, optimizer, distributed)
+        with nvtx.range("trial"):
+            needs = _try(build(), task, batch, world, training, optimizer, distributed)
         mine = Rehearsal(needs if has else 0, has, was_refused=False)
     except RuntimeError as error:  # what PyTorch raises on CUDA is one, and on the CPU nothing tells it from others
         if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in _REFUSALS):
