@@ -439,9 +439,8 @@ def saved_lines(folder: Path) -> int:
 
 
 def wait_for_saves(child: subprocess.Popen[str], folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while saved_lines(folder) < count:
-        assert time.monotonic() < deadline and child.poll() is None
+    """Until so much is saved; a build that was quicker has ended."""
+    while saved_lines(folder) < count and child.poll() is None:
         time.sleep(0.01)
 
 
@@ -491,7 +490,7 @@ def test_killed_again_and_again_a_build_goes_on_and_gives_the_same_files(
         lines.append(saved_lines(folder))
     assert kills >= 2 and lines == sorted(set(lines))  # each went on behind the last one
     child = start_build(folder, tokenizer_path, *more)
-    child.communicate(timeout=120)
+    child.communicate(timeout=300)
     assert child.returncode == 0
     assert contents(folder / "train") == contents(tmp_path / "expected")
     assert entries(folder) == ["train.bin", "train.idx", "train.json"]

@@ -23,7 +23,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     command = [sys.executable, "-m", "tests.trainkit.hub_cases", str(tmp_path_factory.mktemp("hub"))]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=root)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -364,7 +364,7 @@ def test_a_kill_between_the_renames_is_never_a_mix_and_the_next_writer_brings_th
             "artifacts.step_hook = hook\n"
             "with IndexedWriter(sys.argv[1], 'uint16') as writer: writer.add(np.array([4, 5, 6]), np.array([1, 2]))"
         )
-        child = subprocess.run([sys.executable, "-c", code, str(folder / "x"), str(at)], timeout=60, check=False)
+        child = subprocess.run([sys.executable, "-c", code, str(folder / "x"), str(at)], timeout=300, check=False)
         assert child.returncode == -signal.SIGKILL
         if at < 5:
             with pytest.raises(UserError, match=r"does not exist"):
