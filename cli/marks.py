@@ -28,6 +28,8 @@ def write_between_marks(path: Path, name: str, text: str) -> None:
 def _split(path: Path, name: str) -> tuple[str, str, str]:
     """Before, between and after."""
     begin, end = marks(name)
+    if not path.is_file():
+        raise UserError(f"there is no file {path} to put a table into")
     before, found, rest = path.read_text(encoding="utf-8").partition(begin)
     inside, closed, after = rest.partition(end)
     if not (found and closed):

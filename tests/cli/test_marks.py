@@ -29,3 +29,9 @@ def test_a_page_without_the_marks_is_left_alone(tmp_path: Path, content: str) ->
     with pytest.raises(UserError, match="does not hold"):
         write_between_marks(page, "t", "table")
     assert page.read_text() == content
+
+
+def test_a_page_that_does_not_exist_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no file"):
+        write_between_marks(tmp_path / "page.md", "t", "table")
+    assert not any(tmp_path.iterdir())
