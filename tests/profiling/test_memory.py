@@ -21,6 +21,20 @@ def test_without_cuda_nothing_happens(tmp_path: Path) -> None:
     assert "no CUDA" in memory.summary()
 
 
+def test_as_the_documentation_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    memory.start_history(True)
+    ok = memory.dump_snapshot("alloc_history.json")
+    print(memory.summary())
+    print(memory.peaks())
+    memory.reset_peaks()
+    memory.start_history(False)
+    assert ok is torch.cuda.is_available() is Path("alloc_history.json").exists()
+    assert capsys.readouterr().out.strip()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_peaks_rise_and_fall(tmp_path: Path) -> None:
