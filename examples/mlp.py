@@ -89,7 +89,7 @@ def main(folder: Path) -> None:
             stop_requested=lambda: interrupts.requested,
         )
         result = train(run, resume=snapshot)
-        log.message(f"{result.status} at step {result.step}; see {folder}/plots")
+        log.message(f"{result.status} at step {result.step}; see {folder}/plots", result.step)
 
 
 if __name__ == "__main__":

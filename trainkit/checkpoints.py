@@ -6,7 +6,8 @@ Layout of `<run>/checkpoints/step-00000420/` (tensors and JSON only, no pickle):
     ema.safetensors              averaged weights, where kept
     optimizer-00000.safetensors  optimizer tensors by parameter name, each parameter whole in one of these shards
     optimizer.index.json         which shard holds what
-    trainer.json                 step, samples, position in the data, horizon, best metric, open sums of the log
+    trainer.json                 step, samples, position in the data, horizon, best metric, open sums of the log,
+                                 how far the log is, and which run of another service it feeds
     …                            whatever the run adds (`model.json`, `tokenizer/`)
     manifest.json                bytes and SHA-256 of every file
 

@@ -216,9 +216,13 @@ class _Records:
         if record["kind"] == "train":
             self.records.append(dict(record))
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, step: int) -> None:
         self.messages.append(text)
 
     @property
     def offset(self) -> int:
         return 0
+
+    @property
+    def loggers(self) -> Mapping[str, Any]:
+        return {}

@@ -30,7 +30,7 @@ def announce(run: Run, state: State, micro_batches: list[Batch]) -> None:
         units_per_step=units_per_step,
         autocast=autocast(run),
     )
-    run.log.message(describe(estimate, run.facts, run.world))
+    run.log.message(describe(estimate, run.facts, run.world), state.step)
 
 
 def training_record(run: Run, state: State, totals: Totals, clock: Clock) -> dict[str, Any]:
@@ -43,12 +43,14 @@ def training_record(run: Run, state: State, totals: Totals, clock: Clock) -> dic
 
 def gives_up(run: Run, state: State) -> bool:
     """Whether too many steps in a row changed nothing, because their numbers were not finite."""
-    state.skips.read()
+    for text in state.skips.read():
+        run.log.message(text, state.step)
     if state.skips.most_in_a_row < run.training.max_skipped_steps:
         return False
     run.log.message(
         f"stopped at step {state.step}: {state.skips.most_in_a_row} steps in a row had an infinite or NaN loss or "
         "gradient and changed nothing; the newest checkpoint is from before; lower optimizer.learning_rate or look at "
-        "the data"
+        "the data",
+        state.step,
     )
     return True

@@ -39,10 +39,18 @@ class Log(Protocol):
     """Where records go; `trainkit.logging` has the real one."""
 
     def write(self, record: Mapping[str, Any]) -> None: ...
-    def message(self, text: str) -> None: ...
+    def message(self, text: str, step: int) -> None:
+        """Tell people something, after so many steps."""
+        ...
+
     @property
     def offset(self) -> int:
         """Bytes of `metrics.jsonl` so far."""
+        ...
+
+    @property
+    def loggers(self) -> Mapping[str, Any]:
+        """JSON for a checkpoint: under which names other services know this run, so that it goes on there."""
         ...
 
 

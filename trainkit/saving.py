@@ -67,6 +67,7 @@ def save(run: Run, store: CheckpointStore, state: State, open_metrics: Totals, *
             "open_metrics": open_metrics,
             "smoothed_loss": state.meter.smoothed_loss.state(),
             "log_offset": run.log.offset,
+            "loggers": dict(run.log.loggers),
         }
         snapshot = Snapshot(trainer, weights, optimizer, average)
         bad = non_finite_tensors(snapshot)

@@ -6,7 +6,7 @@ counted and named.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,7 +34,6 @@ class Skips:
     """Counts skipped steps. All ranks hold the same counts."""
 
     world: World
-    report: Callable[[str], None]
     total: int = 0
     in_a_row: int = 0
     most_in_a_row: int = 0
@@ -46,11 +45,12 @@ class Skips:
         samples = [batch["sample"] for batch in batches if "sample" in batch]
         self._unread.append(_Step(step, skip.int() * 2 - is_blameless.int(), is_finite, samples))
 
-    def read(self) -> None:
-        """Count and report the steps since the last call. All ranks must call it; it waits for the device."""
+    def read(self) -> list[str]:
+        """Count the steps since the last call, and describe them. All ranks must call it; it waits for the device."""
         steps, self._unread = self._unread, []
         if not steps:
-            return
+            return []
+        told: list[str] = []
         for step, skipped in zip(steps, torch.stack([s.skipped for s in steps]).tolist(), strict=True):
             if skipped == 0:
                 self.in_a_row = 0
@@ -58,7 +58,8 @@ class Skips:
                 self.total += 1
                 self.in_a_row += 1
                 self.most_in_a_row = max(self.most_in_a_row, self.in_a_row)
-                self.report(f"step {step.number + 1} changed nothing: {self._describe(step)}")
+                told.append(f"step {step.number + 1} changed nothing: {self._describe(step)}")
+        return told
 
     def state(self) -> dict[str, int]:
         """JSON for a checkpoint; call `read` first."""

@@ -64,7 +64,7 @@ def start_state(run: Run, resume: Snapshot | None) -> State:
         scaler=LossScale(run.training.precision, run.world.device),
         average=start_average(model) if run.training.ema_decay else {},
         meter=Meter(run.world),
-        skips=Skips(run.world, run.log.message),
+        skips=Skips(run.world),
         stop_vote=StopVote(run.world),
     )
     if resume is not None:

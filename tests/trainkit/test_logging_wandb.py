@@ -9,17 +9,22 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.trainkit.test_loop import make_run
+from trainkit.beginnings import choose_beginning, load_beginning
+from trainkit.checkpoints import CheckpointStore, list_checkpoints, load_snapshot
+from trainkit.logging import run_log
 from trainkit.logging.records import Record, read_records
 from trainkit.logging.run_log import open_run_log
 from trainkit.logging.wandb import WandbSink, run_id
 from trainkit.logging.wandb_process import _send  # pyright: ignore[reportPrivateUsage]
-from trainkit.specs import LoggingSpec
+from trainkit.loop import train
+from trainkit.specs import CheckpointSpec, LoggingSpec
 
 pytest.importorskip("wandb")
 
@@ -27,6 +32,38 @@ pytest.importorskip("wandb")
 def test_the_id_stays(tmp_path: Path) -> None:
     first = run_id(tmp_path)
     assert run_id(tmp_path) == first and len(first) == 8
+
+
+@pytest.mark.parametrize(("name", "is_same"), [("story", True), ("another", False)])
+def test_a_run_goes_on_as_the_same_one_where_it_has_its_checkpoint_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_same: bool
+) -> None:
+    """On another machine, that is; under another name it is another run."""
+    sent_to: list[str] = []
+
+    class FakeSink:
+        def __init__(self, directory: Path, spec: LoggingSpec) -> None:
+            sent_to.append(run_id(directory / "wandb"))
+
+        def write(self, record: Record) -> None: ...
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(run_log, "WandbSink", FakeSink)
+    spec = LoggingSpec(console="off", csv=False, plots=False, wandb="online")
+    here, there = tmp_path / "here" / "story", tmp_path / "there" / name
+    for directory, resume_from in ((here, ""), (there, str(tmp_path / "moved"))):
+        place = CheckpointStore(directory / "checkpoints", CheckpointSpec(resume_from=resume_from))
+        snapshot = load_beginning(choose_beginning(place), place, max_steps=4, new_horizon=True)
+        known = snapshot.trainer["loggers"] if snapshot else None
+        directory.mkdir(parents=True)
+        with closing(open_run_log(directory, spec, total_steps=4, continue_at=0, loggers=known)) as log:
+            steps = 4 if snapshot else 2
+            train(make_run(directory, log, toy="mlp", checkpoints=place, training={"max_steps": steps}), snapshot)
+        newest = list_checkpoints(directory / "checkpoints")[-1]
+        assert load_snapshot(newest).trainer["loggers"]["wandb"] == {"id": sent_to[-1], "run": directory.name}
+        if directory == here:
+            newest.rename(tmp_path / "moved")
+    assert len(sent_to) == 2 and (sent_to[0] == sent_to[1]) == is_same
 
 
 def test_numbers_are_sent_under_their_kind_and_a_crash_is_told_from_an_end() -> None:
@@ -99,7 +136,8 @@ import sys
 from pathlib import Path
 from trainkit.logging.run_log import open_run_log
 from trainkit.logging.wandb import WandbSink
-from trainkit.specs import LoggingSpec
+from trainkit.loop import train
+from trainkit.specs import CheckpointSpec, LoggingSpec
 
 spec, directory = LoggingSpec(console="off", csv=False, plots=False), Path(sys.argv[1])
 sink = lambda: WandbSink(directory, LoggingSpec(wandb="online"), finish_seconds=2.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from trainkit.checkpoints import CheckpointStore, find_newest_intact, list_check
 from trainkit.comparing import MEASURED
 from trainkit.distribution import World
 from trainkit.errors import UserError
-from trainkit.loop import Result, Run, train
+from trainkit.logging.records import read_records
+from trainkit.logging.run_log import open_run_log
+from trainkit.loop import Log, Result, Run, train
 from trainkit.precision import resolve_precision
 from trainkit.run import samples_per_step
-from trainkit.specs import AdamWSpec, CheckpointSpec, CosineScheduleSpec, TrainingSpec
+from trainkit.specs import AdamWSpec, CheckpointSpec, CosineScheduleSpec, LoggingSpec, TrainingSpec
 from trainkit.task import Batch, Loss, RunFacts, Task
 
 
@@ -37,15 +40,19 @@ class ListLog:
         kept = {k: v for k, v in record.items() if not MEASURED.fullmatch(k)}
         self.records.append({k: v.hex() if isinstance(v, float) else v for k, v in kept.items()})
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, step: int) -> None:
         self.messages.append(text)
 
     @property
     def offset(self) -> int:
         return len(self.records)
 
+    @property
+    def loggers(self) -> dict[str, Any]:
+        return {}
 
-def make_run(folder: Path, log: ListLog, *, toy: str = "language", world: World | None = None, **changes: Any) -> Run:
+
+def make_run(folder: Path, log: Log, *, toy: str = "language", world: World | None = None, **changes: Any) -> Run:
     build, task = TOYS[toy]
     world = world or alone()
     training = {"max_steps": 30, "total_batch_size": 12, "log_every": 4, "eval_every": 10, "save_every": 7}
@@ -64,7 +71,7 @@ def make_run(folder: Path, log: ListLog, *, toy: str = "language", world: World 
         "schedule": CosineScheduleSpec(warmup_steps=3),
         "world": world,
         "log": log,
-        "checkpoints": CheckpointStore(folder, CheckpointSpec(keep_last=2), report=log.message),
+        "checkpoints": CheckpointStore(folder, CheckpointSpec(keep_last=2), report=lambda text: log.message(text, 0)),
         "evaluate": evaluate,
     }
     return Run(**(arguments | changes))
@@ -179,6 +186,14 @@ def test_non_finite_numbers_stop_the_run_and_are_never_saved(tmp_path: Path) -> 
     assert snapshot.trainer["step"] == 10  # saved as the best
     assert "in a row" in log.messages[-1]
     assert "step 11 changed nothing: the loss of a micro-batch was infinite or NaN; its samples: " in str(log.messages)
+
+
+def test_a_message_carries_the_step_at_which_it_is_said(tmp_path: Path) -> None:
+    with closing(open_run_log(tmp_path, LoggingSpec(console="off", csv=False, plots=False), total_steps=30)) as log:
+        bad = {"task": TurnsBad(), "training": {"max_skipped_steps": 3}}
+        train(make_run(tmp_path / "checkpoints", log, toy="mlp", **bad))  # records at 4, 8, 12; the bad: 11, 12, 13
+    said = [record for record in read_records(tmp_path / "metrics.jsonl") if record["kind"] == "message"]
+    assert [record["step"] for record in said] == [0, 12, 12, 14, 14, 14], said
 
 
 def test_accumulation_does_not_change_what_is_learnt(tmp_path: Path) -> None:

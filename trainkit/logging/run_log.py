@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from trainkit.artifacts import remove_leftovers
 from trainkit.logging.console import console_sink
@@ -21,7 +22,7 @@ from trainkit.logging.records import Record, Scalar, decode_record, describe, re
 from trainkit.logging.samples import SAMPLES_FILE, SamplesSink
 from trainkit.logging.sinks import BackgroundSink, SinkOpener
 from trainkit.logging.tensorboard import TENSORBOARD_DIRECTORY, TensorboardSink
-from trainkit.logging.wandb import WandbSink
+from trainkit.logging.wandb import WandbSink, identity
 from trainkit.specs import LoggingSpec
 
 TEXT_FILE = "log.txt"
@@ -33,11 +34,12 @@ class NullLog:
     """The log of every rank but the first."""
 
     offset = 0
+    loggers: Mapping[str, Any] = {}
 
     def write(self, record: Mapping[str, Scalar]) -> None:
         pass
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, step: int | None = None) -> None:
         pass
 
     def close(self) -> None:
@@ -47,7 +49,15 @@ class NullLog:
 class FileLog:
     """Writes each record to `metrics.jsonl` and `log.txt` at once, then hands it to the sinks."""
 
-    def __init__(self, directory: Path, sinks: Mapping[str, SinkOpener], *, continue_at: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        sinks: Mapping[str, SinkOpener],
+        *,
+        continue_at: int | None = None,
+        loggers: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.loggers = dict(loggers or {})
         remove_leftovers(directory)
         self._metrics = MetricsFile(directory / METRICS_FILE)
         self._text_path = directory / TEXT_FILE
@@ -69,9 +79,9 @@ class FileLog:
             for problem in sink.problems():
                 self.message(problem)
 
-    def message(self, text: str) -> None:
-        """Tell people something; it carries the step of the last record."""
-        self.write({"kind": "message", "step": self._step, "text": text})
+    def message(self, text: str, step: int | None = None) -> None:
+        """Tell people something, after `step` steps; None = those of the last record."""
+        self.write({"kind": "message", "step": self._step if step is None else step, "text": text})
 
     @property
     def offset(self) -> int:
@@ -107,17 +117,19 @@ def open_run_log(
     *,
     total_steps: int,
     continue_at: int | None = None,
+    loggers: Mapping[str, Any] | None = None,
     sinks: Mapping[str, SinkOpener] | None = None,
 ) -> FileLog:
     """The log of a run directory that exists.
 
-    To resume, pass the offset that the checkpoint recorded as `continue_at` (0 where there was no checkpoint yet).
-    `sinks` adds views to those of the spec.
+    To resume, pass what the checkpoint recorded: its offset as `continue_at` (0 where there was no checkpoint yet), and
+    its `loggers`. `sinks` adds views to those of the spec.
     """
-    directory = Path(directory)
-    return FileLog(
-        directory, _sinks_of(directory, spec, total_steps, continue_at) | dict(sinks or {}), continue_at=continue_at
-    )
+    directory, loggers = Path(directory), dict(loggers or {})
+    if spec.wandb != "off":
+        loggers["wandb"] = identity(directory, loggers.get("wandb", {}))
+    views = _sinks_of(directory, spec, total_steps, continue_at) | dict(sinks or {})
+    return FileLog(directory, views, continue_at=continue_at, loggers=loggers)
 
 
 def _last_step(metrics_path: Path) -> int:

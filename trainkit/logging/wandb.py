@@ -10,6 +10,7 @@ import json
 import secrets
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,20 @@ class WandbSink:
             raise RuntimeError(f"its process failed; see {self._output}")
 
 
-def run_id(home: Path) -> str:
-    """The id in `home`; made and kept there the first time."""
+def identity(directory: Path, recorded: Mapping[str, str]) -> dict[str, str]:
+    """Which run of the service this one is, for a checkpoint.
+
+    `recorded` is what the checkpoint that the run begins with says. It counts where the directory knows no id yet and
+    has the same name: that is the same run, on another machine; under another name it would be a second one.
+    """
+    home, name = directory / WANDB_DIRECTORY, directory.resolve().name
+    make_directory(home)
+    return {"id": run_id(home, recorded["id"] if recorded.get("run") == name else ""), "run": name}
+
+
+def run_id(home: Path, known: str = "") -> str:
+    """The id in `home`; the first time `known`, or else a new one, is kept there."""
     path = home / "id.txt"
     if not path.exists():
-        publish_file(path, secrets.token_hex(4) + "\n")
+        publish_file(path, (known or secrets.token_hex(4)) + "\n")
     return path.read_text(encoding="ascii").strip()
