@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,10 @@ from trainkit.run_directory import (
     changed_settings,
     create_run_directory,
     hold_run_directory,
+    holds_run,
     read_config,
     read_status,
+    withdraw_run,
     write_status,
     write_summary,
 )
@@ -97,9 +99,11 @@ def train_from_config(
         revision = main_first(lambda: pinned_revision(config.data, read_config(directory)), world)
         ingredients = open_ingredients(config, revision)
 
-        def claim() -> None:
+        def claim() -> bool:
+            """Whether this begins the run."""
             ingredients.data.verify()
             held.enter_context(hold_run_directory(directory))
+            is_new = not holds_run(directory)
             create_run_directory(
                 directory,
                 config_json=recorded(ingredients),
@@ -107,9 +111,11 @@ def train_from_config(
                 resume=resume,
                 allow=HORIZON if new_horizon else (),
             )
+            return is_new
 
-        main_first(claim, world)
-        with _status_of(directory, world) as report:
+        is_new = main_first(claim, world)
+        refused = _withdrawn_if_refused(directory) if is_new and world.is_main else nullcontext()
+        with _status_of(directory, world) as report, refused:
             result = _train(ingredients, directory, world, interrupts, notes, new_horizon=new_horizon)
             report(result)
     return result
@@ -193,18 +199,17 @@ def _train(
     )
     beginning = main_first(lambda: _choose_beginning(store, tokenizer), world)
     snapshot = load_beginning(beginning, store, max_steps=config.training.max_steps, new_horizon=new_horizon)
-    offset = snapshot.trainer["log_offset"] if snapshot else 0
-    with closing(_open_log(directory, config, offset, world)) as log:
-        for note in notes:
-            log.message(note)
-        log.message(str(beginning))
+    trainer = snapshot.trainer if snapshot else {}
+    with closing(_open_log(directory, config, trainer, world)) as log:
         if MAIN not in ingredients.data.validation:
-            log.message("there is no validation text: no validation loss, no best checkpoint")
+            notes.append("there is no validation text: no validation loss, no best checkpoint")
+        for note in (*notes, str(beginning)):
+            log.message(note, trainer.get("step", 0))
         run = compose(ingredients, directory, store, world, log, interrupts)
         if beginning.kind == "weights":
             load_model_tensors(run.model, load_weights(beginning.path), str(beginning.path))
         result = train(run, resume=snapshot)
-        log.write({"kind": "message", "step": result.step, "text": _last_words(result, directory)})
+        log.message(_last_words(result, directory), result.step)
     return result
 
 
@@ -221,10 +226,17 @@ def _choose_beginning(store: CheckpointStore, tokenizer: Tokenizer) -> Beginning
     return beginning
 
 
-def _open_log(directory: Path, config: TrainConfig, offset: int, world: World) -> FileLog | NullLog:
+def _open_log(directory: Path, config: TrainConfig, trainer: Mapping[str, Any], world: World) -> FileLog | NullLog:
+    """`trainer`: of the checkpoint that the run goes on from; empty where there is none."""
     if not world.is_main:
         return NullLog()
-    return open_run_log(directory, config.logging, total_steps=config.training.max_steps, continue_at=offset)
+    return open_run_log(
+        directory,
+        config.logging,
+        total_steps=config.training.max_steps,
+        continue_at=trainer.get("log_offset", 0),
+        loggers=trainer.get("loggers"),
+    )
 
 
 def compose(
@@ -351,6 +363,16 @@ def _last_words(result: Result, directory: Path) -> str:
             )
         case "non-finite":
             return f"gave up at step {result.step}{best}"
+
+
+@contextmanager
+def _withdrawn_if_refused(directory: Path) -> Generator[None]:
+    """Where to begin, and what fits together, is known only when the directory is there."""
+    try:
+        yield
+    except UserError:
+        withdraw_run(directory)
+        raise
 
 
 @contextmanager

@@ -29,6 +29,8 @@ from typing import Any, Literal, TypeAlias
 
 from trainkit.artifacts import publish_file
 from trainkit.errors import EXIT_USAGE, UserError
+from trainkit.logging.jsonl import METRICS_FILE
+from trainkit.logging.records import read_records
 
 Status: TypeAlias = Literal["running", "preempted", "finished", "failed"]
 
@@ -60,7 +62,7 @@ it and where it runs, not which numbers it computes (beyond the order in which f
 HORIZON = ("training.max_steps",)
 """What changes the learning rates of a run that goes on, and therefore wants `--new-horizon`."""
 
-_MARKS_OF_A_RUN = ("config.json", "metrics.jsonl", "checkpoints")
+_MARKS_OF_A_RUN = ("config.json", METRICS_FILE, "checkpoints")
 _TELLING_VARIABLES = (
     "CUDA_",
     "CUBLAS_",
@@ -91,7 +93,7 @@ def create_run_directory(
     path = Path(path)
     config = json.loads(json.dumps(finite(config_json)))  # as it reads back: tuples are lists
     try:
-        if not any((path / name).exists() for name in _MARKS_OF_A_RUN):
+        if not holds_run(path):
             path.mkdir(parents=True, exist_ok=True)
         elif resume:
             _check_same_run(path, config, [*MAY_CHANGE, *allow])
@@ -109,6 +111,25 @@ def create_run_directory(
             f"cannot write the run directory {path}: {error.strerror or error}; choose another run.dir"
         ) from error
     return path
+
+
+def holds_run(path: Path | str) -> bool:
+    return any((Path(path) / name).exists() for name in _MARKS_OF_A_RUN)
+
+
+def withdraw_run(path: Path | str) -> None:
+    """Take back a new run that was refused before it computed anything: the corrected settings may begin it.
+
+    What holds numbers or checkpoints stays a run. `status.json` and `log.txt` stay and say what was wrong.
+    """
+    path = Path(path)
+    metrics, checkpoints = path / METRICS_FILE, path / "checkpoints"
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+    if checkpoints.exists() or (metrics.exists() and any(r["kind"] != "message" for r in read_records(metrics))):
+        return
+    metrics.unlink(missing_ok=True)
+    (path / "config.json").unlink(missing_ok=True)
 
 
 @contextmanager

@@ -55,6 +55,18 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in records if record.get("kind") == "train"]
 
 
+def test_what_is_refused_before_the_first_step_is_no_run(tmp_path: Path, files: Path) -> None:
+    """The corrected command begins it, without `--resume`. One is refused by the command, one by the loop."""
+    wrong = {"checkpoint.init_from=nowhere": EXIT_FAILURE, "distributed.reduction=tree": EXIT_USAGE}
+    for setting, code in wrong.items():
+        assert run(tmp_path, files, one(files), setting, steps=2) == code
+        assert json.loads((tmp_path / "r" / "status.json").read_text())["status"] == "failed"
+    assert run(tmp_path, files, one(files), steps=2) == 0
+    assert len(losses(tmp_path)) == 2
+    (tmp_path / "r" / "metrics.jsonl").unlink()
+    assert run(tmp_path, files, one(files), "checkpoint.init_from=nowhere", steps=2) == EXIT_USAGE  # a run, as it was
+
+
 @pytest.mark.parametrize("order", ["stable", "megatron"])
 def test_a_stopped_run_goes_on_in_any_order(tmp_path: Path, files: Path, order: str) -> None:
     """`prefetch` reads ahead up to the very end of Megatron-LM's order, which has one."""
