@@ -26,7 +26,6 @@ from transformerlm.models.specs import (
     Mode,
     ModelSpec,
     Reading,
-    TransformerSpec,
     padded_vocabulary,
 )
 from transformerlm.models.transformer import Transformer
@@ -74,9 +73,10 @@ def read_model_json(directory: Path) -> tuple[ModelSpec, Reading, int]:
     path = directory / MODEL_JSON
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["kind"] != "transformer":
+        kinds: dict[str, type[ModelSpec]] = {kind.kind: kind for kind in get_args(ModelSpec) or (ModelSpec,)}
+        if content["kind"] not in kinds:
             raise ValueError(f"kind {content['kind']!r} is unknown")
-        return TransformerSpec(**content["spec"]), _reading(content), int(content["vocab_size"])
+        return kinds[content["kind"]](**content["spec"]), _reading(content), int(content["vocab_size"])
     except FileNotFoundError:
         raise UserError(f"{directory} has no {MODEL_JSON}: it is no checkpoint of a language model") from None
     except (ValueError, TypeError, KeyError) as error:
