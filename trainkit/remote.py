@@ -93,18 +93,25 @@ def mirror(remote: Remote, root: Path, spec: CheckpointSpec, fresh: Collection[i
 
     What local retention deletes in the middle of its upload is left out.
     """
-    local = {checkpoint_step(path): path for path in list_checkpoints(root)}
     done: list[int] = []
-    for step in sorted(local.keys() - (set(remote.steps()) - set(fresh)), reverse=True):
+    remote.files.invalidate_cache()
+    for path in reversed(list_checkpoints(root)):
+        step = checkpoint_step(path)
         try:
-            upload(remote, local[step])
+            if step in fresh or not _is_there(remote, path):
+                upload(remote, path)
+                done.append(step)
         except (OSError, UserError):
-            if (local[step] / MANIFEST).exists():
+            if (path / MANIFEST).exists():
                 raise
-        else:
-            done.append(step)
     _prune(remote, root, spec)
     return done
+
+
+def _is_there(remote: Remote, local: Path) -> bool:
+    """By its manifest, read: a kill may leave half of one where writing a file takes more than an instant."""
+    place = f"{remote.path(checkpoint_step(local))}/{MANIFEST}"
+    return remote.files.exists(place) and remote.files.cat_file(place) == (local / MANIFEST).read_bytes()
 
 
 def _prune(remote: Remote, root: Path, spec: CheckpointSpec) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,39 @@ def test_an_upload_that_breaks_off_is_nothing_and_the_next_round_makes_up_for_it
     assert remote.steps() == [1, 2]
     shutil.rmtree(place.root)
     assert choose_beginning(place).path.name == "step-00000002"
+
+
+@pytest.mark.parametrize("nth", range(5))
+def test_a_kill_in_the_middle_of_an_upload_leaves_the_checkpoint_before_it(tmp_path: Path, nth: int) -> None:
+    """Three files and the manifest; each arrives by halves before the kill, but for the last time, which has none."""
+    url = f"file://{tmp_path}/far"
+    place, remote = store(tmp_path / "near", url, keep_last=9), open_remote(url)
+    save_checkpoint(place, state(1))
+    mirror(remote, place.root, place.spec)
+    save_checkpoint(place, state(2))
+    child = os.fork()
+    if child == 0:
+        arrived: list[str] = []
+
+        def arrive(target: str, content: bytes) -> None:
+            is_cut = len(arrived) == nth
+            arrived.append(target)
+            Path(target).write_bytes(content[: len(content) // 2] if is_cut else content)
+            if is_cut:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        remote.files.put_file = lambda local, target: arrive(target, Path(local).read_bytes())
+        remote.files.pipe_file = arrive
+        mirror(remote, place.root, place.spec)
+        os._exit(len(arrived) != 4 or not arrived[-1].endswith("manifest.json"))
+    _, status = os.waitpid(child, 0)
+    assert status == (signal.SIGKILL if nth < 4 else 0)
+    path, problems = fetch_newest(open_remote(url), tmp_path / "other")
+    assert path is not None and path.name == f"step-0000000{2 if nth == 4 else 1}"
+    assert len(problems) == (nth == 3)  # half a manifest is the only thing that looks like a checkpoint
+    assert mirror(open_remote(url), place.root, place.spec) == ([] if nth == 4 else [2])
+    path, problems = fetch_newest(open_remote(url), tmp_path / "another")
+    assert path is not None and path.name == "step-00000002" and not problems
 
 
 def test_what_retention_deletes_in_the_middle_of_its_upload_is_left_out(
