@@ -12,6 +12,7 @@ import pytest
 from cli import profiles
 from cli.estimates import count_parameters, estimate_memory
 from cli.marks import between_marks
+from cli.pipeline import main as pipeline
 from config.corpora import FilesCorpusSpec
 from config.loading import load, shipped
 from config.schemas import PipelineConfig, TrainConfig
@@ -62,6 +63,25 @@ def test_the_table_of_one_profile_takes_settings(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as ended:
         profiles.main(["runpod_2b", "training.max_step=10"])
     assert ended.value.code == 2 and "did you mean `training.max_steps`" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_profiles_train_on_one_plain_text(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("input.txt").write_text("".join(f"Tom has {n} red balls, and {n} + 1 is {n + 1}.\n" for n in range(1500)))
+    flags = ("--profile", name, "--input", "input.txt", "--run-dir", "runs/try")
+    small = (
+        "tokenizer.vocab_size=300", "model.num_layers=2", "model.d_model=64", "model.d_ff=96", "model.num_heads=4",
+        "model.context_length=64", "training.total_batch_size=512", "training.device_batch_size=2",
+        "training.max_steps=2", "training.compile=false", "training.threads=1", "schedule.warmup_steps=1",
+        "evaluation.max_documents=2", "logging.plots=false", "objective.loss_chunk_size=100",
+    )  # fmt: skip
+    kv_heads = () if name == "m3_medium" else ("model.num_kv_heads=1",)
+    assert pipeline([*flags, *small, *kv_heads]) == 0
+    records = [json.loads(line) for line in Path("runs/try/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "train"][-1] == 2
+    assert list(Path("runs/try/tensorboard").iterdir())
 
 
 def test_the_baseline_is_what_its_documentation_says() -> None:
