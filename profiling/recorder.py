@@ -42,7 +42,7 @@ class Recorder:
         directory: Path | str = "profile",
         *,
         rank: int = 0,
-        tell: Callable[[str, int], object] = print,
+        tell: Callable[[str, int], object] = lambda text, step: print(text),
     ) -> None:
         self._spec = spec or ProfilingSpec()
         self._directory = Path(directory)
