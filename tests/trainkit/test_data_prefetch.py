@@ -99,7 +99,7 @@ def test_an_item_that_does_not_come_keeps_nobody_from_leaving(monkeypatch: pytes
 
     ahead = prefetch(items(), 1)
     assert next(ahead) == 0
-    assert is_waiting.wait(10)
+    assert is_waiting.wait(60)
     ahead.close()
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "prefetch"]
     assert thread.daemon and not closed.is_set()

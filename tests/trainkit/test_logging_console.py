@@ -43,7 +43,7 @@ log.close(timeout)
 
 
 def start(
-    directory: Path, kind: str, steps: int, stdout: int, timeout: float = 20.0, quiet: float = 0.0
+    directory: Path, kind: str, steps: int, stdout: int, timeout: float = 240.0, quiet: float = 0.0
 ) -> subprocess.Popen[str]:
     """A process that logs; `quiet` seconds pass before the first step."""
     command = [sys.executable, "-c", PROGRAM, str(directory), kind, str(steps), str(timeout), str(quiet)]
