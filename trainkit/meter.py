@@ -57,6 +57,8 @@ class Meter:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._own = torch.tensor(float(world.is_main), device=world.device)
+        """What all ranks know is counted by one of them."""
         self.smoothed_loss = SmoothedLoss()
         """Of the metric `loss`, up to the step that `totals` was last called for."""
         self._read: dict[str, tuple[float, float]] = {}
@@ -64,9 +66,8 @@ class Meter:
 
     def add(self, sums: StepSums, norm: Tensor, skip: Tensor) -> None:
         """The sums of one step and the norm of its gradient, which all ranks know; nothing where `skip`."""
-        # What all ranks know is counted by one of them.
-        own = torch.full_like(norm, float(self._world.is_main))
-        values = torch.cat([sums.values.view(-1), torch.stack([norm * own, own]).to(sums.values.dtype)])
+        shared = torch.stack([norm * self._own, self._own]).to(sums.values.dtype)
+        values = torch.cat([sums.values.view(-1), shared])
         self._unread.append(((*sums.names, "gradient_norm"), torch.where(skip, 0.0, values)))
 
     def totals(self) -> dict[str, tuple[float, float]]:

@@ -22,7 +22,9 @@ _SHOWN = 8
 class _Step:
     number: int
     skipped: Tensor
-    """int scalar: 0 = no; 1 = the loss scale of `fp16` was too large, nobody's fault; 2 = the numbers were bad."""
+    """bool scalar."""
+    is_blameless: Tensor
+    """bool scalar: skipped because the loss scale of `fp16` was too large; otherwise the numbers were bad."""
     is_finite: Tensor
     """bool [micro-batches] of this rank: whether the loss was."""
     samples: list[Tensor]
@@ -43,7 +45,7 @@ class Skips:
     def add(self, step: int, skip: Tensor, is_blameless: Tensor, is_finite: Tensor, batches: Sequence[Batch]) -> None:
         """Remember what the device decided about `step` (0-based)."""
         samples = [batch["sample"] for batch in batches if "sample" in batch]
-        self._unread.append(_Step(step, skip.int() * 2 - is_blameless.int(), is_finite, samples))
+        self._unread.append(_Step(step, skip, is_blameless, is_finite, samples))
 
     def read(self) -> list[str]:
         """Count the steps since the last call, and describe them. All ranks must call it; it waits for the device."""
@@ -51,10 +53,11 @@ class Skips:
         if not steps:
             return []
         told: list[str] = []
-        for step, skipped in zip(steps, torch.stack([s.skipped for s in steps]).tolist(), strict=True):
-            if skipped == 0:
+        decided = torch.stack([torch.stack([s.skipped for s in steps]), torch.stack([s.is_blameless for s in steps])])
+        for step, skipped, is_blameless in zip(steps, *decided.tolist(), strict=True):
+            if not skipped:
                 self.in_a_row = 0
-            elif skipped == 2:
+            elif not is_blameless:
                 self.total += 1
                 self.in_a_row += 1
                 self.most_in_a_row = max(self.most_in_a_row, self.in_a_row)
