@@ -126,7 +126,7 @@ def _validate(run: Run, state: State, clock: Clock) -> bool:
 
 def _sample(run: Run, state: State) -> None:
     run.watchdog.enter("sample", state.step)
-    if run.sample is not None:
-        with evaluation_mode(state):
+    with evaluation_mode(state):  # on all ranks: they make a sharded model whole together
+        if run.sample is not None:
             run.sample(state.replica.module, state.step)
     any_rank(False, run.world)  # the others wait here, where the watchdog knows why
