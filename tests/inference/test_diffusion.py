@@ -26,8 +26,10 @@ ORDERS = ["confidence", "margin", "entropy", "random", "first_hitting", "left_to
 
 
 @cache
-def denoiser(gain: float = 12.0, **settings: Any) -> Denoiser:
-    spec = TransformerSpec(context_length=LENGTH, num_layers=2, d_model=16, num_heads=2)
+def denoiser(gain: float = 12.0, *, noise_embedding: bool = False, **settings: Any) -> Denoiser:
+    spec = TransformerSpec(
+        context_length=LENGTH, num_layers=2, d_model=16, num_heads=2, noise_embedding=noise_embedding
+    )
     model = create_model(spec, vocab_size=VOCAB, seed=1).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -152,10 +154,13 @@ def test_no_more_passes_than_asked_for_and_nothing_need_divide(order: str, steps
             assert sum(each) == count and max(each) - min(each) <= 1
 
 
-def test_blocks_share_the_steps() -> None:
-    taken = fill(denoiser(), canvas_of("e..........."), order="left_to_right", steps=6, block_length=4)
-    assert len(taken) == 6
-    assert [p for step in taken for p in sorted(step.positions)] == list(range(1, 12))
+@pytest.mark.parametrize("order", ORDERS)
+def test_blocks_share_the_steps(order: str) -> None:
+    taken = fill(denoiser(), canvas_of("e..........."), order=order, steps=6, block_length=4)
+    assert len(taken) == 6 if order != "first_hitting" else len(taken) <= 6
+    blocks = [[place // 4 for place in step.positions] for step in taken]
+    assert all(len(set(block)) == 1 for block in blocks)
+    assert list(itertools.chain(*blocks)) == [0] * 3 + [1] * 4 + [2] * 4
 
 
 def test_first_hitting_fills_what_falls_into_a_part_of_the_time() -> None:
@@ -172,11 +177,14 @@ def test_at_least_one_place_and_all_sure_ones() -> None:
     for step in fill(denoiser(), canvas, threshold=1.0):
         assert {step.rows.count(row) for row in set(step.rows)} == {1}
     assert len(fill(denoiser(), canvas, threshold=1e-9)) == 1
+    before, several = canvas, 0
     for step in fill(denoiser(), canvas, threshold=0.5):
-        for row in set(step.rows):
-            assert step.rows.count(row) == 1 or all(
-                c > 0 for r, c in zip(step.rows, step.confidences, strict=True) if r == row
-            )
+        best = torch.full(canvas.shape, -1.0, dtype=torch.float64)
+        best[before == MASK] = denoiser().logits(before, before == MASK).softmax(dim=-1).amax(dim=-1)
+        wanted = (best >= 0.5) | ((best == best.amax(dim=1, keepdim=True)) & (best >= 0))
+        assert list(zip(step.rows, step.positions, strict=True)) == [tuple(pair) for pair in wanted.nonzero().tolist()]
+        before, several = step.canvas, several + (len(step.rows) > len(set(step.rows)))
+    assert several
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -188,9 +196,10 @@ def test_a_row_is_filled_alike_in_any_company(order: str) -> None:
         assert torch.equal(alone[0], row)
 
 
+@pytest.mark.parametrize("noise_embedding", [False, True])
 @pytest.mark.parametrize("options", [{}, {"guidance": 1.5}, {"threshold": 0.6}])
-def test_the_cache_of_finished_blocks_is_exact(options: dict[str, Any]) -> None:
-    one = denoiser(block_size=4)
+def test_the_cache_of_finished_blocks_is_exact(options: dict[str, Any], noise_embedding: bool) -> None:
+    one = denoiser(block_size=4, noise_embedding=noise_embedding)
     canvas = canvas_of("e12.........", "e12101......", "e...........")
     cached = fill(one, canvas, **options)
 
@@ -217,9 +226,9 @@ def test_the_cache_of_finished_blocks_is_exact(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("cache_kind", ["prefix", "dual"])
-@pytest.mark.parametrize("alignment", ["in_place", "shifted"])
-def test_an_approximate_cache_is_exact_at_the_start_of_a_block(alignment: Any, cache_kind: Any) -> None:
-    one = denoiser(alignment=alignment)
+@pytest.mark.parametrize("settings", [{"alignment": "in_place"}, {"alignment": "shifted"}, {"noise_embedding": True}])
+def test_an_approximate_cache_is_exact_at_the_start_of_a_block(settings: dict[str, Any], cache_kind: Any) -> None:
+    one = denoiser(**settings)
     canvas = canvas_of("e12.........", "e........102")
     steps = fill(one, canvas, block_length=4, cache=cache_kind)
     plain = fill(one, canvas, block_length=4)

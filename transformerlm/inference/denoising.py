@@ -45,7 +45,7 @@ class Denoiser:
     def logits_at(self, tokens: Tensor, places: Places, *, segments: Tensor | None = None) -> Tensor:
         """The same of named places: nothing has to be asked from the device."""
         mask = block_causal(tokens.shape[1], self.block_size, tokens.device) if self.block_size else None
-        level = masked_share(tokens, self.mask_id, self.block_size)
+        level = self.noise_level(tokens)
         arguments = {"tokens": tokens, "segments": segments, "causal": False, "mask": mask, "noise_level": level}
         return self._read(places, arguments)
 
@@ -58,14 +58,19 @@ class Denoiser:
         )
         return self._read(_marked(chosen), arguments)
 
-    def logits_with_cache(self, tokens: Tensor, places: Places, cache: KeyValueCache, *, start: int) -> Tensor:
+    def logits_with_cache(
+        self, tokens: Tensor, places: Places, cache: KeyValueCache, *, start: int, noise_level: Tensor
+    ) -> Tensor:
         """Of `places` in `tokens`, which stand at `start` of a longer text; `cache` has keys and values of the rest.
 
-        What the cache held of the places from `start` on is overwritten.
+        `noise_level` [batch, length] is of the longer text. What the cache held from `start` on is overwritten.
         """
         cache.length = start
-        level = masked_share(tokens, self.mask_id, self.block_size)
-        return self._read(places, {"tokens": tokens, "cache": cache, "causal": False, "noise_level": level})
+        return self._read(places, {"tokens": tokens, "cache": cache, "causal": False, "noise_level": noise_level})
+
+    def noise_level(self, tokens: Tensor) -> Tensor:
+        """What a model with `noise_embedding` is told about whole texts, or whole blocks of a block model."""
+        return masked_share(tokens, self.mask_id, self.block_size)
 
     @torch.inference_mode()
     def _read(self, places: Places, arguments: dict[str, Any]) -> Tensor:

@@ -86,6 +86,7 @@ def denoise(
             continue
         read = open_block(block)
         steps_left = _allot(denoising, given, block)
+        clock = _clock(waiting, denoising, steps_left)
         while (is_open := _open_places(text, denoiser, given, stop_id, block)).any():
             with nvtx.range("denoise"):
                 places, wanted = _on_device(is_open, _wanted(is_open, denoising, steps_left), device)
@@ -97,7 +98,7 @@ def denoise(
                     log_probs = adjusted_log_probs(logits, sampling, seen=seen)
                     tokens = _draw(log_probs, drawing[places], sampling)
                 if judge is None:
-                    chosen = choose_places(log_probs, places, waiting, wanted, denoising)
+                    chosen = choose_places(log_probs, places, clock, wanted, denoising)
                 else:
                     drafted = canvas.index_put(places, tokens)
                     chosen = _agreed(judge, drafted, places, block, denoiser, denoising)
@@ -111,16 +112,14 @@ def denoise(
 def choose_places(log_probs: Tensor, places: Places, waiting: Tensor, wanted: Tensor, spec: DenoisingSpec) -> Tensor:
     """Which of the open places to fill now, bool [places]: at least one of each row that has any.
 
-    `log_probs` float64 [places, vocab_size]; `waiting` float64 [batch, length], a random number in [0, 1) for each
-    place of the canvas; `wanted` int64 [batch], how many of a row to fill.
+    `log_probs` float64 [places, vocab_size]; `waiting` float64 [batch, length], a random number for each place of the
+    canvas, the highest first; `wanted` int64 [batch], how many of a row to fill.
     """
     rows, _ = places
     if spec.order == "first_hitting":
-        # A place is filled when noise, running backwards from time 1, passes its number. All that falls into one of the
-        # `steps` equal parts of the time is filled in one pass; parts in which nothing falls cost none.
-        time = (waiting * spec.steps).floor() if spec.steps else waiting
-        latest = torch.full_like(time, -1.0).index_put(places, time[places]).amax(dim=1)
-        chosen = time[places] == latest[rows]
+        # A place is filled when noise, running backwards from time 1, passes its number.
+        latest = torch.full_like(waiting, -1.0).index_put(places, waiting[places]).amax(dim=1)
+        chosen = waiting[places] == latest[rows]
     else:
         scores = torch.full_like(waiting, -math.inf).index_put(places, _scores(log_probs, places, waiting, spec))
         ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -168,6 +167,16 @@ def _allot(spec: DenoisingSpec, given: Tensor, block: Block) -> Tensor:
     return (spec.steps * after // total - spec.steps * before // total).clamp(min=1)
 
 
+def _clock(waiting: Tensor, spec: DenoisingSpec, steps: Tensor) -> Tensor:
+    """`waiting` for `choose_places`; for first hitting in `steps` (int64 [batch]) equal parts of the time.
+
+    All that falls into one part is filled in one pass; parts in which nothing falls cost none.
+    """
+    if spec.order != "first_hitting" or not spec.steps:
+        return waiting
+    return (waiting * steps.to(waiting.device, non_blocking=True).unsqueeze(1)).floor()
+
+
 def _wanted(is_open: Tensor, spec: DenoisingSpec, steps_left: Tensor) -> Tensor:
     """How many places of each row to fill, int64 [batch]: those that are open shared out among its steps."""
     counts = is_open.sum(dim=1)
@@ -190,10 +199,8 @@ def _on_device(is_open: Tensor, wanted: Tensor, device: torch.device) -> tuple[P
     return (rows, columns), wanted
 
 
-def _without_stops(logits: Tensor, never_stops: Tensor, stop_id: int | None) -> Tensor:
+def _without_stops(logits: Tensor, never_stops: Tensor, stop_id: int) -> Tensor:
     """`logits` [places, vocab_size], the stop impossible where `never_stops` (bool [places])."""
-    if stop_id is None:
-        return logits
     is_stop = torch.arange(logits.shape[-1], device=logits.device) == stop_id
     return logits.masked_fill(never_stops.unsqueeze(1) & is_stop, -math.inf)
 

@@ -84,9 +84,15 @@ def _exactly_cached(denoiser: Denoiser, view: View) -> Reader:
             mask = block_causal(block.start - first, denoiser.block_size)[kept - first :]
             _fill_cache(denoiser, view()[:, kept : block.start], cache, mask)
             kept = block.start
-        return lambda places: denoiser.logits_with_cache(
-            view()[:, block.start : block.end], _moved(places, -block.start), cache, start=block.start - first
-        )
+
+        def read(places: Places) -> Tensor:
+            tokens, start = view()[:, block.start : block.end], block.start - first
+            level = denoiser.noise_level(tokens)
+            return denoiser.logits_with_cache(
+                tokens, _moved(places, -block.start), cache, start=start, noise_level=level
+            )
+
+        return read
 
     return open_block
 
@@ -103,9 +109,15 @@ def _roughly_cached(denoiser: Denoiser, view: View, *, keeps_what_follows: bool)
         first, last = max(block.start - denoiser.lookback, 0), block.end if keeps_what_follows else length
         cache.length = 0
         _fill_cache(denoiser, view(), cache, None)
-        return lambda places: denoiser.logits_with_cache(
-            view()[:, first:last], _moved(places, -first), cache, start=first
-        )
+
+        def read(places: Places) -> Tensor:
+            text = view()
+            level = denoiser.noise_level(text)[:, first:last]  # as without a cache: of the whole canvas
+            return denoiser.logits_with_cache(
+                text[:, first:last], _moved(places, -first), cache, start=first, noise_level=level
+            )
+
+        return read
 
     return open_block
 
@@ -142,6 +154,8 @@ def _empty_cache(denoiser: Denoiser, tokens: Tensor) -> KeyValueCache:
 
 @torch.inference_mode()
 def _fill_cache(denoiser: Denoiser, tokens: Tensor, cache: KeyValueCache, mask: Tensor | None) -> None:
-    mask = None if mask is None else mask.to(tokens.device)
+    mask, level = None if mask is None else mask.to(tokens.device), denoiser.noise_level(tokens)
     with nvtx.range("prefill"):
-        denoiser.model.forward(tokens, cache=cache, causal=False, mask=mask, readout=lambda hidden, head: None)
+        denoiser.model.forward(
+            tokens, cache=cache, causal=False, mask=mask, noise_level=level, readout=lambda hidden, head: None
+        )

@@ -43,7 +43,7 @@ class DenoisingSpec:
     second (`margin`), or the distribution is narrowest (`entropy`); at `random`; at random times as the noise process
     itself would (`first_hitting`, arXiv:2409.02908); or from `left_to_right`."""
     steps: Annotated[int, Ge(0)] = 0
-    """Forward passes over a text, at most; 0 = as `tokens_per_step` says."""
+    """Forward passes over a text, at most, and one for each block at least; 0 = as `tokens_per_step` says."""
     tokens_per_step: Annotated[int, Ge(1)] = 1
     """Places filled in one pass when `steps` is 0. One is exact; more treat them as independent, which is faster."""
     threshold: Annotated[float, Ge(0), Le(1)] = 0.0
