@@ -20,7 +20,7 @@ from trainkit.errors import UserError
 from transformerlm.tokenizer import compiled_encoder, readiness, streams
 from transformerlm.tokenizer import tokenizer as tokenizer_module
 from transformerlm.tokenizer.compiled_encoder import CompiledEncoder, WordCache
-from transformerlm.tokenizer.kernels import encoding
+from transformerlm.tokenizer.kernels import encoding, merging
 from transformerlm.tokenizer.tokenizer import Tokenizer
 
 SPECIAL = ["<|pad|>", "<|mask|>", "<|endoftext|>more", "a b", "中文€"]
@@ -105,6 +105,11 @@ class TestSameIds:
         ids = wide.encode(stories, small._special("all", "none"), 1)
         assert ids.dtype == np.uint32
         assert ids.tolist() == plain(small, stories)
+
+    def test_more_tokens_than_a_key_can_hold(self, small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(merging, "MAX_TOKENS", 256)
+        with pytest.raises(UserError, match=r"of which 256 can be told apart.*tokenizer\.vocab_size"):
+            CompiledEncoder(small.vocabulary, np.dtype(np.uint32))
 
     def test_repeated_merge_results(self) -> None:
         # Two merges may make the same token; ranks then differ from the order of tokens.

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -170,9 +169,8 @@ def test_the_other_process_ends_in_time_whatever_hangs(
     server, came = black_hole
     monkeypatch.setenv("WANDB_BASE_URL", server)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "86400")  # the client by itself would not give up
     sink = WandbSink(tmp_path, LoggingSpec(wandb="online"), finish_seconds=1.0)
     assert came.wait(60)
-    began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"see .*output.txt"):
         sink.close()
-    assert time.monotonic() - began < 60  # the client by itself waits for 90 seconds

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from trainkit.errors import UserError
 from transformerlm.tokenizer.kernels import decoding, encoding, merging
 from transformerlm.tokenizer.kernels.machine import ALL_BITS, PADDING
 from transformerlm.tokenizer.kernels.merging import Merges
@@ -46,6 +47,11 @@ PARTS_PER_THREAD = 4
 def merge_tables(vocabulary: Vocabulary) -> Merges:
     numbers = {token: number for number, token in enumerate(BYTES)}
     made = [numbers.setdefault(left + right, len(numbers)) for left, right in vocabulary.merges]
+    if len(numbers) > merging.MAX_TOKENS:
+        raise UserError(
+            f"the tokenizer has {len(numbers):,} tokens, of which {merging.MAX_TOKENS:,} can be told apart while "
+            "encoding; train one with a smaller tokenizer.vocab_size"
+        )
     lefts = np.array([numbers[left] for left, _ in vocabulary.merges], np.int64)
     rights = np.array([numbers[right] for _, right in vocabulary.merges], np.int64)
     capacity = 1 << max(10, (4 * len(lefts)).bit_length() - 1)
