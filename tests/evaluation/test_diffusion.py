@@ -98,12 +98,13 @@ def test_both_estimators_have_the_mean_over_all_orders(settings: dict[str, Any],
 
 
 def test_the_reported_error_is_the_spread_of_the_estimate() -> None:
+    """With two replicates, as `transformerlm-eval` has: a variance of each estimate that is right in the mean."""
     one = denoiser()
-    settings = {"eot_id": EOT, "context_length": LENGTH, "draws": 4, "replicates": 8}
-    bounds = [score_bound(one, DOCUMENTS, BYTES, seed=seed, **settings) for seed in range(24)]
+    settings = {"eot_id": EOT, "context_length": LENGTH, "draws": 2, "replicates": 2}
+    bounds = [score_bound(one, DOCUMENTS, BYTES, seed=seed, **settings) for seed in range(150)]
     spread = np.std([bound.scores.nats.sum() for bound in bounds], ddof=1)
     reported = math.sqrt(np.mean([bound.standard_error**2 for bound in bounds]))
-    assert 0.6 < reported / spread < 1.7
+    assert 0.8 < reported / spread < 1.25
 
 
 def test_the_fixed_count_has_less_variance() -> None:

@@ -146,6 +146,8 @@ def test_times_fill_the_strata_of_a_step_whatever_the_cut() -> None:
     for step in range(3):
         cells = (times[8 * step : 8 * step + 8] * 32).floor().flatten()
         assert sorted(cells.tolist()) == list(range(32))
+    inside = (times * 32) % 1  # uniform in its stratum: the mean over a step has no bias
+    assert abs(float(inside.mean()) - 1 / 2) < 0.1 and abs(float(inside.var()) - 1 / 12) < 0.02
     mixed = torch.tensor([17, 3, 9])
     assert torch.equal(stratified_times(3, mixed, samples_per_step=8, blocks=4), times[mixed])
     # A place in the step (a lane, say) has no fixed noise level.
@@ -227,6 +229,44 @@ def test_fill_neither_counts_nor_is_seen(model: Transformer) -> None:
     values = [value_and_gradients(task, model, [task.prepare(one)]) for one in (batch, other)]
     assert values[0][0] == values[1][0]
     assert int(task.weights(task.prepare(batch))["loss"]) == 8 * 5
+
+
+def test_a_document_mask_hides_all_other_documents(model: Transformer) -> None:
+    batch = make_batch()
+    batch["documents"] = (torch.arange(9) >= 3).long().expand(8, -1)
+    other = {**batch, "tokens": batch["tokens"].clone()}
+    other["tokens"][:, :3] = 0
+
+    @torch.no_grad()
+    def nats_of_the_second(one: dict[str, Tensor], *, document_mask: bool) -> float:
+        task = objective(document_mask=document_mask)
+        noisy = task.prepare(one)
+        noisy["loss_weight"] = noisy["loss_weight"] * (noisy["masked"] % 8 >= 3)
+        return float(task.loss(model, noisy, task.weights(noisy)).value)
+
+    hidden, seen = ([nats_of_the_second(b, document_mask=m) for b in (batch, other)] for m in (True, False))
+    assert hidden[0] == pytest.approx(hidden[1], rel=1e-12) and seen[0] != pytest.approx(seen[1], rel=1e-3)
+
+
+@torch.no_grad()
+def test_the_log_tells_the_loss_at_each_noise_level(model: Transformer) -> None:
+    """The plain nats of the masked tokens, by how likely a mask was, and how many there are."""
+    task = objective()
+    batch = task.prepare(make_batch(invalid=1))
+    metrics = task.loss(model, batch, task.weights(batch)).metrics
+    clean, masked = batch["tokens"][:, :-1], batch["noisy"] == MASK
+    levels = stratified_times(3, batch["sample"], samples_per_step=SAMPLES_PER_STEP).expand(-1, 8)
+    sums, counts = [0.0] * 4, [0] * 4
+    for row, place in masked.nonzero().tolist():
+        places = tuple(masked[row].nonzero().flatten().tolist())
+        bucket = int(levels[row, place] * 4)
+        sums[bucket] += float(nats_of(model, clean[row], places, "in_place")[places.index(place)])
+        counts[bucket] += 1
+    names = ["0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00"]
+    told = [metrics[f"masked_loss/{name}"] for name in names]
+    assert [float(total) for total, _ in told] == pytest.approx(sums, rel=1e-6)
+    assert [int(count) for _, count in told] == counts and sum(c > 0 for c in counts) > 2
+    assert [int(value) for value in metrics["mask_fraction"]] == [sum(counts), 7 * 8]
 
 
 def test_short_windows_have_every_length() -> None:
