@@ -184,7 +184,8 @@ def short(shown: Shown) -> Sequence[str]:
             return tuple(f"benchmark.{setting}" for setting in few)
         case _:
             more = ("--dataset", "train.jsonl", "--config", "", "--root", "datasets", "--val-fraction", "0.3")
-            return more if "scripts/shard_dataset.py" in words else ()
+            fewer = ("--stories", "2", "--draws", "1") if "cli.compare_objectives" in words else ()
+            return more if "scripts/shard_dataset.py" in words else fewer
 
 
 def instead_of_the_hub(words: Sequence[str]) -> Sequence[str]:
@@ -205,7 +206,7 @@ def run(shown: Shown) -> int:
             assert main_of(program)([*(word for word in words if word != "--resume"), *short(shown)]) == 0
         return main_of(program)([*words, *short(shown)])
     if words[0] == "-m":
-        return importlib.import_module(words[1]).main(words[2:])
+        return importlib.import_module(words[1]).main([*words[2:], *short(shown)])
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, ROOT / words[0], *words[1:], *short(shown)], env=environment).returncode
 
