@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli.eval import Report, evaluate_checkpoint
+from cli.eval import Report, evaluate_checkpoint, measured
 from cli.marks import marks, write_between_marks
 from config.specs import CheckpointEvaluationSpec, GrammarEvaluationDataSpec
 from trainkit.errors import UserError
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"put the table between {BEGIN} and {END} of a file")
     arguments = parser.parse_args(argv)
+    if min(arguments.stories, arguments.draws) < 1:
+        parser.error("--stories and --draws must be at least 1")
     try:
         reports = [
             report
@@ -77,12 +80,11 @@ def table(reports: Sequence[Report]) -> str:
     for report in reports:
         grammar = report.grammar
         assert grammar is not None
-        error = abs(grammar.standard_error * grammar.excess / grammar.excess_nats)
         name = Path(report.checkpoint).parent.parent.name
-        bits = f"{report.bits_per_byte:.4f}"
-        if report.loss_error:
-            bits += f" ± {report.loss_error / report.loss * report.bits_per_byte:.4f}"
-        rows.append(f"| `{name}` | {LABELS[report.method]} | {bits} | {grammar.excess:.1%} ± {error:.1%} |")
+        bits_error = report.loss_error / report.loss * report.bits_per_byte
+        bits = measured(report.bits_per_byte, bits_error or math.nan, ".4f")
+        excess = measured(grammar.excess, grammar.excess_error, ".1%")
+        rows.append(f"| `{name}` | {LABELS[report.method]} | {bits} | {excess} |")
     return "\n".join([HEADER, *rows])
 
 

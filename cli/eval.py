@@ -78,6 +78,11 @@ class GrammarReport:
     standard_error: float
     """Of `excess_nats`, over the stories; NaN for a single one."""
 
+    @property
+    def excess_error(self) -> float:
+        """The standard error of `excess`, as a share of the grammar's nats too."""
+        return abs(self.standard_error * self.excess / self.excess_nats) if self.excess_nats else 0.0
+
 
 @dataclass(frozen=True)
 class _Data:
@@ -163,25 +168,25 @@ def table(report: Report) -> str:
         ("checkpoint", f"{report.checkpoint} ({report.weights} weights)"),
         ("data", f"{report.data}: {report.documents:,} documents, {report.tokens:,} tokens, {report.bytes:,} bytes"),
         ("method", METHODS[report.method]),
-        ("loss", f"{_measured(report.loss, report.loss_error or math.nan, '.4f')} nats per token"),
+        ("loss", f"{measured(report.loss, report.loss_error or math.nan, '.4f')} nats per token"),
         ("perplexity", f"{report.perplexity:.3f}"),
         ("bits per byte", f"{report.bits_per_byte:.4f}"),
     ]
     if report.grammar is not None:
         grammar = report.grammar
-        share = grammar.standard_error * grammar.excess / grammar.excess_nats if grammar.excess_nats else 0.0
         rows += [
             ("grammar", f"{grammar.bits_per_byte:.4f} bits per byte: the best that any model can reach"),
             (
                 "excess",
-                f"{_measured(grammar.excess, abs(share), '.2%')} above it "
-                f"({_measured(grammar.excess_nats, grammar.standard_error, '.2f')} nats per story)",
+                f"{measured(grammar.excess, grammar.excess_error, '.2%')} above it "
+                f"({measured(grammar.excess_nats, grammar.standard_error, '.2f')} nats per story)",
             ),
         ]
     return "\n".join(f"{name:<15}{text}" for name, text in rows)
 
 
-def _measured(value: float, standard_error: float, form: str) -> str:
+def measured(value: float, standard_error: float, form: str) -> str:
+    """The value and, where it is known, its error."""
     return f"{value:{form}} ± {standard_error:{form}}" if math.isfinite(standard_error) else f"{value:{form}}"
 
 

@@ -41,7 +41,7 @@ def run(loaded: Loaded[InferConfig], arguments: argparse.Namespace) -> None:
         spec.checkpoint, device=spec.device, weights=spec.weights, precision=spec.precision
     )
     if arguments.watch:
-        _check_watchable(predictor, arguments)
+        _check_watchable(predictor, spec, arguments)
         watch(predictor, spec)
     elif arguments.interactive:
         converse(predictor, spec)
@@ -54,7 +54,7 @@ def run(loaded: Loaded[InferConfig], arguments: argparse.Namespace) -> None:
         print(f"\n{SEPARATOR}\n".join(spec.prompt + text + spec.suffix for text in complete(predictor, spec)))
 
 
-def _check_watchable(predictor: Predictor, arguments: argparse.Namespace) -> None:
+def _check_watchable(predictor: Predictor, spec: InferenceSpec, arguments: argparse.Namespace) -> None:
     if arguments.interactive or arguments.json:
         raise UserError("--watch goes with neither --interactive nor --json; choose one", EXIT_USAGE)
     if "diffusion" not in predictor.reading.modes:
@@ -62,6 +62,9 @@ def _check_watchable(predictor: Predictor, arguments: argparse.Namespace) -> Non
             "--watch shows a diffusion model at work; this checkpoint was trained for next tokens: leave it out",
             EXIT_USAGE,
         )
+    if spec.mode == "ar" or spec.num_samples > 1:
+        what = 'inference.mode = "ar"' if spec.mode == "ar" else f"inference.num_samples = {spec.num_samples}"
+        raise UserError(f"--watch shows one text come out of the noise, which {what} is not; leave one out", EXIT_USAGE)
 
 
 def complete(predictor: Predictor, spec: InferenceSpec) -> list[str]:

@@ -6,11 +6,13 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from rich.control import strip_control_codes
 
+from cli import infer
 from cli.watch import NOISE, picture, watch
-from tests.models.checkpoints import model, tokenizer
+from tests.models.checkpoints import model, tokenizer, write_checkpoint
 from transformerlm.inference.diffusion import Step
 from transformerlm.inference.predictor import Predictor
 from transformerlm.inference.specs import InferenceSpec
@@ -44,6 +46,16 @@ def test_where_there_is_no_terminal_only_the_text_is_left() -> None:
     text = PREDICTOR.generate("the cat", suffix=" mat", total_length=20, seed=1)
     assert out.getvalue() == f"the cat{text} mat\n"
     assert "\x1b" not in out.getvalue()
+
+
+@pytest.mark.parametrize("setting", ["inference.mode=ar", "inference.num_samples=2"])
+def test_what_is_no_one_text_out_of_noise_is_not_watched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
+    write_checkpoint(tmp_path, 1, reading=Reading(modes=("ar", "diffusion")))
+    assert infer.main(["--ckpt", str(tmp_path), "--device=cpu", "--watch", setting]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and "--watch shows one text" in output.err and output.err.count("\n") == 1
 
 
 def test_a_terminal_sees_the_masks_go(tmp_path: Path) -> None:
