@@ -32,27 +32,26 @@ def watch(predictor: Predictor, spec: InferenceSpec, console: Console | None = N
     )
     if not console.is_terminal:
         *_, last = steps
-        console.file.write(
-            spec.prompt + predictor.new_text(last.canvas[0], spec.prompt, spec.suffix) + spec.suffix + "\n"
-        )
+        new = predictor.new_text(last.canvas[0], spec.prompt, spec.suffix, stop_at_eot=spec.stop_at_eot)
+        console.file.write(spec.prompt + new + spec.suffix + "\n")
         return
     drawn: set[int] = set()
     with Live(console=console, auto_refresh=False) as live:
         for step in steps:
             drawn |= set(step.positions)
-            live.update(picture(predictor, step, drawn), refresh=True)
+            live.update(picture(predictor, step, drawn, stop_at_eot=spec.stop_at_eot), refresh=True)
 
 
-def picture(predictor: Predictor, step: Step, drawn: set[int]) -> Text:
+def picture(predictor: Predictor, step: Step, drawn: set[int], *, stop_at_eot: bool = True) -> Text:
     """The canvas: given text dim, masks grey, what this step has written bright."""
     result = Text()
-    for style, ids in _runs(predictor, step, drawn):
+    for style, ids in _runs(predictor, step, drawn, stop_at_eot):
         result.append(NOISE * len(ids) if style == "noise" else predictor.tokenizer.decode(ids), STYLES[style])
     result.append(f"\n\nstep {step.number + 1}, {len(drawn)} tokens written", "bright_black")
     return result
 
 
-def _runs(predictor: Predictor, step: Step, drawn: set[int]) -> Iterator[tuple[str, list[int]]]:
+def _runs(predictor: Predictor, step: Step, drawn: set[int], stop_at_eot: bool) -> Iterator[tuple[str, list[int]]]:
     """Neighbouring tokens of one style, up to the end of the text; the token that begins the document is no text."""
     new, mask_id, eot_id = set(step.positions), predictor.denoiser.mask_id, predictor.tokenizer.eot_id
 
@@ -62,7 +61,8 @@ def _runs(predictor: Predictor, step: Step, drawn: set[int]) -> Iterator[tuple[s
         return "new" if place in new else "text" if place in drawn else "given"
 
     row = step.canvas[0].tolist()
-    end = next((place for place in sorted(drawn) if row[place] == eot_id), len(row))
+    ends = [place for place in sorted(drawn) if row[place] == eot_id] if stop_at_eot else []
+    end = ends[0] if ends else len(row)
     styled = [(style(place, token), token) for place, token in enumerate(row[:end]) if place > 0]
     for name, run in groupby(styled, key=lambda pair: pair[0]):
         yield name, [token for _, token in run]

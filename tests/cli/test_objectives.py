@@ -121,7 +121,7 @@ sys.exit(main({["--config-name", "quickstart_diffusion", *SMALL]!r}))
         (["objective.schedule=clipped", "objective.mask_low=0.9"], "mask_low .0.9. must be below mask_high"),
         (["objective.block_size=4", "objective.alignment=shifted"], "block_size needs alignment"),
         (["inference.cache=dual"], "set block_length"),
-        (["inference.steps=-1"], "inference.steps"),
+        (["inference.steps=0"], "inference.steps"),
         (["objective.ar_weight=0.5"], "ar_weight"),
     ],
 )

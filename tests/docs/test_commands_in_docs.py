@@ -55,8 +55,6 @@ ELSEWHERE: Mapping[str, str] = {
         "tests/docs/test_commands_in_docs.py::test_pytest_knows_its_words",
     r".*: just check":
         "tests/docs/test_commands_in_docs.py::test_just_knows_the_checks",
-    r"(README.md|docs/profiling.md)#.*: nsys .*":
-        "tests/profiling/test_documentation.py::test_what_comes_after_nsys_runs",
     r".*: python -m benchmarking.bench_loop":
         "tests/docs/test_commands_in_docs.py::test_the_benchmark_of_the_loop_runs",
 }  # fmt: skip

@@ -168,7 +168,13 @@ def test_only_a_block_model_writes_more_than_its_context_holds(dual: Predictor) 
     *_, last = blocks.denoise(["the cat", "", "q" * 60], total_length=130, stop_at_eot=False, seed=2)
     assert last.canvas.shape == (3, 131) and not (last.canvas == blocks.denoiser.mask_id).any()
     texts = blocks.generate_batch(["the cat", ""], total_length=130, stop_at_eot=False, seed=2)
-    assert texts == [blocks.new_text(last.canvas[row], prompt) for row, prompt in enumerate(["the cat", ""])]
+    assert texts == [
+        blocks.new_text(last.canvas[row], prompt, stop_at_eot=False) for row, prompt in enumerate(["the cat", ""])
+    ]
+    row = last.canvas[1].clone()
+    row[9] = blocks.tokenizer.eot_id  # ends a text, or is a token like the others
+    for stops, count in ((True, 8), (False, 130)):
+        assert blocks.new_text(row, "", stop_at_eot=stops) == blocks.tokenizer.decode(row[1 : 1 + count].tolist())
     with pytest.raises(UserError, match="must be larger than the 60 tokens of prompt"):
         blocks.generate("q" * 60, total_length=60)
     for other in (dual, Predictor(model(), tokenizer(), replace(reading, block_size=32))):

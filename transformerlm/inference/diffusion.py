@@ -162,6 +162,8 @@ def _agreed(
 
 def _allot(spec: DenoisingSpec, given: Tensor, block: Block) -> Tensor:
     """How many of its steps each row spends on a block, int64 [batch]: its share of the open places, at least one."""
+    if spec.steps == "off":
+        return torch.ones(len(given), dtype=torch.long)
     before, after, total = ((~given[:, :column]).sum(dim=1) for column in (block.start, block.end, given.shape[1]))
     total = total.clamp(min=1)
     return (spec.steps * after // total - spec.steps * before // total).clamp(min=1)
@@ -172,7 +174,7 @@ def _clock(waiting: Tensor, spec: DenoisingSpec, steps: Tensor) -> Tensor:
 
     All that falls into one part is filled in one pass; parts in which nothing falls cost none.
     """
-    if spec.order != "first_hitting" or not spec.steps:
+    if spec.order != "first_hitting" or spec.steps == "off":
         return waiting
     return (waiting * steps.to(waiting.device, non_blocking=True).unsqueeze(1)).floor()
 
@@ -180,7 +182,7 @@ def _clock(waiting: Tensor, spec: DenoisingSpec, steps: Tensor) -> Tensor:
 def _wanted(is_open: Tensor, spec: DenoisingSpec, steps_left: Tensor) -> Tensor:
     """How many places of each row to fill, int64 [batch]: those that are open shared out among its steps."""
     counts = is_open.sum(dim=1)
-    return -(-counts // steps_left) if spec.steps else torch.full_like(counts, spec.tokens_per_step)
+    return torch.full_like(counts, spec.tokens_per_step) if spec.steps == "off" else -(-counts // steps_left)
 
 
 def _open_places(text: Tensor, denoiser: Denoiser, given: Tensor, stop_id: int | None, block: Block) -> Tensor:

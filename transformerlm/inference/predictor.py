@@ -107,7 +107,10 @@ class Predictor:
                 stop_at_eot=stop_at_eot,
             )
             *_, last = steps
-            return [self.new_text(row, prompt, suffix) for row, prompt in zip(last.canvas, prompts, strict=True)]
+            return [
+                self.new_text(row, prompt, suffix, stop_at_eot=stop_at_eot)
+                for row, prompt in zip(last.canvas, prompts, strict=True)
+            ]
         self._check_no_suffix(suffix)
         continuations: list[list[int]] = [[] for _ in prompts]
         for ids in self._continuations(prompts, total_length, sampling, seed, stop_at_eot):
@@ -167,12 +170,12 @@ class Predictor:
             judge=self._judge(judge, min(length, room + 1)) if denoising.agreement else None,
         )
 
-    def new_text(self, canvas: Tensor, prompt: str, suffix: str = "") -> str:
-        """What stands on a filled canvas [length] between prompt and suffix, up to the end of the text."""
+    def new_text(self, canvas: Tensor, prompt: str, suffix: str = "", *, stop_at_eot: bool = True) -> str:
+        """What stands on a filled canvas [length] between prompt and suffix, up to where the text ends, if it does."""
         ids = canvas.tolist()[1 + len(self._encode(prompt)) :]
         ids = ids[: len(ids) - len(self._encode(suffix))]
-        ends = [i for i, token in enumerate(ids) if token in (self.tokenizer.eot_id, self.denoiser.mask_id)]
-        return self.tokenizer.decode(ids[: ends[0]] if ends else ids)
+        end = ids.index(self.tokenizer.eot_id) if stop_at_eot and self.tokenizer.eot_id in ids else len(ids)
+        return self.tokenizer.decode(ids[:end])
 
     def resolve_mode(self, mode: ModeName) -> Mode:
         """The mode that is meant; `UserError` for one that the model was not trained for."""

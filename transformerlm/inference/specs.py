@@ -42,10 +42,10 @@ class DenoisingSpec:
     """Which masked places come first: where the most likely token is most likely (`confidence`), furthest ahead of the
     second (`margin`), or the distribution is narrowest (`entropy`); at `random`; at random times as the noise process
     itself would (`first_hitting`, arXiv:2409.02908); or from `left_to_right`."""
-    steps: Annotated[int, Ge(0)] = 0
-    """Forward passes over a text, at most, and one for each block at least; 0 = as `tokens_per_step` says."""
+    steps: Literal["off"] | Annotated[int, Ge(1)] = "off"
+    """Forward passes over a text, at most, and one for each block at least; `off` = as `tokens_per_step` says."""
     tokens_per_step: Annotated[int, Ge(1)] = 1
-    """Places filled in one pass when `steps` is 0. One is exact; more treat them as independent, which is faster."""
+    """Places filled in one pass when `steps` is off. One is exact; more treat them as independent, which is faster."""
     threshold: Annotated[float, Ge(0), Le(1)] = 0.0
     """Also fill every place whose most likely token has at least this probability (arXiv:2505.22618); 0 = off."""
     agreement: Annotated[float, Ge(0), Le(1)] = 0.0
@@ -60,10 +60,10 @@ class DenoisingSpec:
     the text before it (`prefix`), or also of what comes after (`dual`). Block models have an exact cache, always."""
 
     def __post_init__(self) -> None:
-        if self.steps and self.tokens_per_step != 1:
+        if self.steps != "off" and self.tokens_per_step != 1:
             raise ValueError("steps and tokens_per_step both say how fast to go: set one of them")
         pace = (self.order, self.steps, self.tokens_per_step, self.threshold)
-        if self.agreement and pace != ("left_to_right", 0, 1, 0):
+        if self.agreement and pace != ("left_to_right", "off", 1, 0):
             raise ValueError(
                 "agreement says itself how many places to fill, from left to right: set order = 'left_to_right', "
                 "and neither steps, tokens_per_step nor threshold"
