@@ -251,13 +251,11 @@ copy() {
 }
 
 # What git knows of this checkout, uncommitted changes and new files included, and nothing that it ignores. A file that was
-# sent before and is gone here goes there too.
-send_code() {
+# sent before and is gone here goes there too. In a process of its own: its list goes with it, however it ends.
+send_code() (
     [[ -z ${REPO_URL:-} ]] || return 0
-    local list
     list=$(mktemp)
-    # shellcheck disable=SC2064 # now
-    trap "rm -f '$list'" EXIT
+    trap 'rm -f "$list"' EXIT
     (
         cd "$ROOT"
         git ls-files -z --cached --others --exclude-standard |
@@ -274,6 +272,6 @@ send_code() {
     remote_reading "$list" bash -c 'export LC_ALL=C; cd "$1" && sort -z >.sent.new && touch .sent &&
 comm -z -23 .sent .sent.new | xargs -0 -r rm -f -- && mv .sent.new .sent' send_code "$REMOTE_ROOT"
     say "sent the files of $ROOT"
-}
+)
 
 main "$@"

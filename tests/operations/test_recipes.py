@@ -125,6 +125,11 @@ def test_mistakes_are_told_in_a_sentence(checkout: Path) -> None:
     assert "not an option" in run(checkout, "just", "train", check=False, PRIME_HOST="-oProxyCommand=touch x")
 
 
+def test_nothing_is_left_in_the_folder_for_temporary_files(checkout: Path, tmp_path: Path) -> None:
+    run(checkout, "just", "auto-train", TMPDIR=str(tmp_path))  # sends the code twice
+    assert not list(tmp_path.iterdir())
+
+
 def blocks(path: Path, start: str = "", end: str = "\0") -> list[str]:
     text = path.read_text().partition(start)[2].partition(end)[0] if start else path.read_text()
     return re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
