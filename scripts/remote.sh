@@ -69,7 +69,7 @@ recipe_sync_env() {
         # shellcheck disable=SC2016 # it is for the other side to expand
         remote_reading "$file" bash -c 'umask 077; mkdir -p "${1%/*}" && cat >"$1.new" && mv "$1.new" "$1"' sync_env \
             "$REMOTE_ROOT/env/${file##*/}"
-        say "${file##*/} is on the host, readable by its owner alone"
+        report "${file##*/} is on the host, readable by its owner alone" "would send ${file##*/}"
     done
 }
 
@@ -150,7 +150,7 @@ recipe_fetch() {
     else
         remote tar -C "$REMOTE_ROOT/$(dirname "$path")" -cf - -- "$(basename "$path")" | tar -xf -
     fi
-    say "${path##*/} is here"
+    report "${path##*/} is here" "would fetch ${path##*/}"
 }
 
 recipe_list_runs() {
@@ -209,6 +209,15 @@ run_or_show() {
         quoted "$@" && echo
     else
         "$@"
+    fi
+}
+
+# report DONE WOULD: a dry run has done nothing.
+report() {
+    if [[ -n ${DRY_RUN:-} ]]; then
+        say "$2"
+    else
+        say "$1"
     fi
 }
 
@@ -271,7 +280,7 @@ send_code() (
     # shellcheck disable=SC2016 # it is for the other side to expand
     remote_reading "$list" bash -c 'export LC_ALL=C; cd "$1" && sort -z >.sent.new && touch .sent &&
 comm -z -23 .sent .sent.new | xargs -0 -r rm -f -- && mv .sent.new .sent' send_code "$REMOTE_ROOT"
-    say "sent the files of $ROOT"
+    report "sent the files of $ROOT" "would send the files of $ROOT"
 )
 
 main "$@"

@@ -125,6 +125,18 @@ def test_mistakes_are_told_in_a_sentence(checkout: Path) -> None:
     assert "not an option" in run(checkout, "just", "train", check=False, PRIME_HOST="-oProxyCommand=touch x")
 
 
+def test_a_dry_run_claims_nothing(checkout: Path) -> None:
+    credentials = checkout / "env" / "wandb.env"
+    credentials.write_text("WANDB_API_KEY=\n")
+    try:
+        shown = run(checkout, "just", "auto-train") + run(checkout, "just", "fetch", "any_file=runs/a")
+    finally:
+        credentials.unlink()
+    for words in ("would send the files", "would send wandb.env", "would fetch a"):
+        assert words in shown, words
+    assert not re.search(r"\bsent the files|is on the host|is here", shown)
+
+
 def test_nothing_is_left_in_the_folder_for_temporary_files(checkout: Path, tmp_path: Path) -> None:
     run(checkout, "just", "auto-train", TMPDIR=str(tmp_path))  # sends the code twice
     assert not list(tmp_path.iterdir())
