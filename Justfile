@@ -72,89 +72,104 @@ bench:
 # Everything at once: bootstrap-remote, data-remote, sync-env, train
 [group('remote')]
 [no-cd]
+[no-exit-message]
 auto-train *words:
     @{{ remote }} auto-train config={{ quote(config) }} extra={{ quote(extra) }} data={{ quote(data) }} "$@"
 
 # Install uv, just and tmux on the host, bring the code there, make data/, runs/ and env/
 [group('remote')]
 [no-cd]
+[no-exit-message]
 bootstrap-remote:
     @{{ remote }} bootstrap
 
 # Download tokenizer and token files to data/ on the host (`--gpt2` for GPT-2's tokenizer, `--no-bins` for no token files)
 [group('remote')]
 [no-cd]
+[no-exit-message]
 data-remote *flags:
     @{{ remote }} data data={{ quote(data) }} "$@"
 
 # Bring the code to the host and install what it needs there (uv sync)
 [group('remote')]
 [no-cd]
+[no-exit-message]
 build-remote:
     @{{ remote }} build
 
 # Send env/*.env (credentials) to the host, for the eyes of its owner only
 [group('remote')]
 [no-cd]
+[no-exit-message]
 sync-env:
     @{{ remote }} sync-env
 
 # Train in the tmux session transformerlm-train: `just train config=train_packed extra="training.max_steps=500"`
 [group('remote')]
 [no-cd]
+[no-exit-message]
 train *words:
     @{{ remote }} train config={{ quote(config) }} extra={{ quote(extra) }} "$@"
 
 # One run after the other, with the settings on each line of a file: `just sweep overrides=sweep.txt config=train`
 [group('remote')]
 [no-cd]
+[no-exit-message]
 sweep *words:
     @{{ remote }} sweep config={{ quote(config) }} extra={{ quote(extra) }} overrides={{ quote(overrides) }} "$@"
 
 # Train one model on all hosts of a list: `just launch hosts=hosts.txt config=train`
 [group('remote')]
 [no-cd]
+[no-exit-message]
 launch *words:
     @{{ remote }} launch config={{ quote(config) }} extra={{ quote(extra) }} hosts={{ quote(hosts) }} "$@"
 
 # A recipe on each host of a list: `just each hosts=hosts.txt bootstrap-remote`
 [group('remote')]
 [no-cd]
+[no-exit-message]
 each *words:
     @{{ remote }} each hosts={{ quote(hosts) }} "$@"
 
 # Watch the training (leave with Ctrl-b d; it goes on)
 [group('remote')]
 [no-cd]
+[no-exit-message]
 attach-train:
     @{{ remote }} attach
 
 # Ask the run to save, wait for it, end the session: `just kill-train 60` waits a minute at most
 [group('remote')]
 [no-cd]
+[no-exit-message]
 kill-train *seconds:
     @{{ remote }} kill "$@"
 
 # The runs on the host, with state and last step
 [group('remote')]
 [no-cd]
+[no-exit-message]
 list-runs:
     @{{ remote }} list-runs
 
 # Copy a file or folder below REMOTE_ROOT into the current folder: `just fetch any_file=runs/simplestories`
 [group('remote')]
 [no-cd]
+[no-exit-message]
 fetch *words:
     @{{ remote }} fetch any_file={{ quote(any_file) }} "$@"
 
 # Run a command on the host: `just infer args='--checkpoint runs/simplestories --prompt "One day"'`
 [group('remote')]
 [no-cd]
+[no-exit-message]
 infer *words:
     @{{ remote }} infer command={{ quote(command) }} args={{ quote(args) }} "$@"
 
 # The GPUs of the host
 [group('remote')]
 [no-cd]
+[no-exit-message]
 nvitop:
     @{{ remote }} nvitop

@@ -109,3 +109,9 @@ session_state() {
         *) echo none ;;
     esac
 }
+
+# last_words N: the last N lines of the session, without empty ones. Above its visible part, too (-S -), where a pane that
+# has ended keeps what it said; lines wider than the pane in one piece (-J).
+last_words() {
+    tmux capture-pane -p -J -S - -t "=$SESSION:" 2>/dev/null | grep -v '^[[:space:]]*$' | tail -n "$1" || true
+}

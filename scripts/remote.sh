@@ -46,7 +46,7 @@ main() {
 
 recipe_bootstrap() {
     remote_reading "$ROOT/scripts/bootstrap_remote.sh" bash -s -- "$REMOTE_ROOT" "${REPO_URL:-}" "${REPO_BRANCH:-}"
-    send_code
+    update_code
 }
 
 # shellcheck disable=SC2120 # the dispatcher passes them
@@ -57,7 +57,7 @@ recipe_data() {
 }
 
 recipe_build() {
-    send_code
+    update_code
     in_checkout bash -c 'source scripts/lib.sh && load_env .env env/*.env && sync_dependencies' build-remote
 }
 
@@ -74,7 +74,7 @@ recipe_sync_env() {
 }
 
 recipe_train() {
-    [[ $(in_checkout_state) == running ]] || send_code
+    update_code
     training_words "$@"
     start_training -- "${WORDS[@]}"
 }
@@ -86,7 +86,7 @@ recipe_sweep() {
         [[ $line =~ ^[[:space:]]*(#.*)?$ ]] || sweep+=(--sweep "$line")
     done <"$overrides"
     [[ ${#sweep[@]} -gt 0 ]] || usage "$overrides names no run"
-    [[ $(in_checkout_state) == running ]] || send_code
+    update_code
     training_words "$@"
     start_training "${sweep[@]}" -- "${WORDS[@]}"
 }
@@ -105,7 +105,7 @@ recipe_launch() {
         [[ $rank != 0 ]] || meeting=${address:-${host##*@}}:${RENDEZVOUS_PORT:-29500}
         PRIME_HOST=$host
         connect
-        [[ $(in_checkout_state) == running ]] || send_code
+        update_code
         say "$host: node $rank of $nodes, meeting at $meeting"
         start_training --nodes "$nodes" --node-rank "$rank" --rendezvous "$meeting" -- "${arguments[@]}"
     done
@@ -129,12 +129,9 @@ recipe_infer() {
     $where bash scripts/run_infer_remote.sh "${command:-uv run transformerlm-infer}" "$args${*:+ $*}"
 }
 
-recipe_nvitop() { in_checkout_on_terminal uv run nvitop "$@"; }
+recipe_nvitop() { in_checkout_on_terminal bash scripts/run_infer_remote.sh "uv run nvitop" "$*"; }
 
-recipe_attach() {
-    on_terminal tmux attach-session -t "=$SESSION" ||
-        die "there is no training session to attach to, or the connection broke off; just list-runs tells how runs stand"
-}
+recipe_attach() { in_checkout_on_terminal bash scripts/attach_train_remote.sh; }
 
 recipe_kill() { in_checkout bash scripts/stop_train_remote.sh "$@"; }
 
@@ -194,9 +191,18 @@ in_checkout() { remote bash -c "$IN_CHECKOUT" in_checkout "$REMOTE_ROOT" "$@"; }
 
 in_checkout_on_terminal() { on_terminal bash -c "$IN_CHECKOUT" in_checkout "$REMOTE_ROOT" "$@"; }
 
-in_checkout_state() {
-    [[ -z ${DRY_RUN:-} ]] || return 0
-    in_checkout bash -c 'source scripts/lib.sh && session_state' 2>/dev/null || true
+# A checkout that is there gets what has changed here, unless a training runs in it.
+update_code() {
+    [[ -z ${REPO_URL:-} ]] || return 0
+    local state=none
+    # Of a checkout without scripts yet, a bootstrap that broke off, nothing is known but that it wants them.
+    [[ -n ${DRY_RUN:-} ]] ||
+        state=$(in_checkout bash -c '[[ ! -f scripts/lib.sh ]] || { source scripts/lib.sh && session_state; }')
+    if [[ $state == running ]]; then
+        say "a training runs on the host: the code there stays as it is"
+    else
+        send_code
+    fi
 }
 
 start_training() {
@@ -262,7 +268,6 @@ copy() {
 # What git knows of this checkout, uncommitted changes and new files included, and nothing that it ignores. A file that was
 # sent before and is gone here goes there too. In a process of its own: its list goes with it, however it ends.
 send_code() (
-    [[ -z ${REPO_URL:-} ]] || return 0
     list=$(mktemp)
     trap 'rm -f "$list"' EXIT
     (

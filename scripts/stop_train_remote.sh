@@ -29,6 +29,6 @@ if [[ $(session_state) == running ]]; then
     [[ $(session_state) != running ]] ||
         die "the run has not left after $seconds seconds and is left alone; look at it with just attach-train"
 fi
-tmux capture-pane -p -t "=$SESSION:" 2>/dev/null | grep -v '^[[:space:]]*$' | tail -n 5 || true
+last_words 5
 tmux kill-session -t "=$SESSION" 2>/dev/null || true
 say "the session has ended"

@@ -142,6 +142,24 @@ def test_nothing_is_left_in_the_folder_for_temporary_files(checkout: Path, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def on_a_host(root: Path, home: Path, *words: str, check: bool = True) -> str:
+    """The recipe with a stand-in for ssh: the command runs here, in another home folder."""
+    programs = home / "bin"
+    programs.mkdir(parents=True, exist_ok=True)
+    (programs / "ssh").write_text(f'#!/bin/bash\ncd "{home}" && HOME="{home}" exec bash -c "${{!#}}"\n')
+    (programs / "ssh").chmod(0o755)
+    path = os.pathsep.join([str(programs), *tool_folders(), os.environ["PATH"]])
+    return run(root, "just", *words, check=check, DRY_RUN="", PATH=path, WANDB_MODE="offline")
+
+
+@pytest.mark.parametrize("recipe", ["build-remote", "train", "attach-train", "kill-train", "list-runs", "data-remote"])
+def test_a_host_without_checkout_is_told_in_one_sentence(checkout: Path, tmp_path: Path, recipe: str) -> None:
+    said = on_a_host(checkout, tmp_path, recipe, check=False)
+    lines = [line for line in said.splitlines() if "Pseudo-terminal" not in line]  # there is no terminal here
+    assert lines == ["there is no checkout transformerlm on this host; run: just bootstrap-remote"]
+    assert not (tmp_path / "transformerlm").exists()
+
+
 def blocks(path: Path, start: str = "", end: str = "\0") -> list[str]:
     text = path.read_text().partition(start)[2].partition(end)[0] if start else path.read_text()
     return re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
