@@ -45,7 +45,21 @@ main() {
     tmux new-session -d -s "$SESSION" -x 200 -y 50 -c "$ROOT" \
         env "PATH=$PATH" ${SETTINGS[@]+"${SETTINGS[@]}"} bash scripts/train_session.sh ${words[@]+"${words[@]}"}
     tmux set-environment -t "=$SESSION" TRAIN_COMMAND "$(quoted ${words[@]+"${words[@]}"} | tr '\n' ' ')" 2>/dev/null || true
+    tell_early_end
     say "training in the tmux session $SESSION; watch it with: just attach-train"
+}
+
+# What is missing (a tokenizer, token files) ends a training at once: told here, with its exit code, while somebody looks.
+tell_early_end() {
+    local code _
+    for _ in 1 2 3 4 5 6; do
+        sleep 0.5
+        [[ $(session_state) != running ]] || continue
+        code=$(tmux list-panes -t "=$SESSION:" -F '#{pane_dead_status}' 2>/dev/null | head -n 1) || true
+        last_words 30
+        say "the training has ended already, with exit code ${code:=1}"
+        exit "$code"
+    done
 }
 
 # A run that finds no credentials after an hour of preparation helps nobody. Their values are never shown.

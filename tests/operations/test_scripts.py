@@ -278,7 +278,9 @@ def start_training(tmp_path: Path, **variables: str) -> subprocess.CompletedProc
         (checkout / "env").mkdir()
     tools = tmp_path / "bin"
     program(tools, "uv", "")
-    program(tools, "tmux", '[[ $1 == list-panes ]] && exit 1; printf "%s\\n" "$@" >>"$LOG"; env >>"$LOG.env"')
+    (tmp_path / "log").unlink(missing_ok=True)
+    listing = 'if [[ $1 == list-panes ]]; then [[ -s $LOG ]] && echo 0; exit; fi'
+    program(tools, "tmux", f'{listing}; printf "%s\\n" "$@" >>"$LOG"; env >>"$LOG.env"')
     base = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     return subprocess.run(
         [checkout / "scripts" / "run_train_remote.sh", "--", "--config", "my file.toml"],
