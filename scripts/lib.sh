@@ -115,3 +115,23 @@ session_state() {
 last_words() {
     tmux capture-pane -p -J -S - -t "=$SESSION:" 2>/dev/null | grep -v '^[[:space:]]*$' | tail -n "$1" || true
 }
+
+# run_since TIME: the run in runs/ whose status was last written, if that was since TIME (seconds of 1970): its name, state
+# and step into RUN_NAME, RUN_STATE, RUN_STEP, which are empty where there is none.
+# shellcheck disable=SC2034 # its callers read them
+run_since() {
+    local file time newest=$1
+    RUN_NAME='' RUN_STATE='' RUN_STEP=''
+    for file in runs/*/status.json; do
+        [[ -f $file ]] || continue
+        time=$(status_field time "$file")
+        time=${time%.*}
+        [[ ${time:-0} -ge $newest ]] || continue
+        newest=$time
+        RUN_NAME=$(basename "$(dirname "$file")")
+        RUN_STATE=$(status_field status "$file")
+        RUN_STEP=$(status_field step "$file")
+    done
+}
+
+status_field() { sed -n "s/^ *\"$1\": *\"\{0,1\}\([^\",]*\).*/\1/p" "$2" 2>/dev/null || true; }

@@ -26,8 +26,12 @@ if [[ $(session_state) == running ]]; then
         [[ $(session_state) == running ]] || break
         sleep 1
     done
-    [[ $(session_state) != running ]] ||
+    if [[ $(session_state) == running ]]; then
+        run_since "$(tmux display-message -p -t "=$SESSION:" '#{session_created}')"
+        [[ $RUN_STATE != preempted ]] ||
+            die "$RUN_NAME has saved (step $RUN_STEP) and is still finishing after $seconds seconds; wait with just kill-train"
         die "the run has not left after $seconds seconds and is left alone; look at it with just attach-train"
+    fi
 fi
 last_words 5
 tmux kill-session -t "=$SESSION" 2>/dev/null || true

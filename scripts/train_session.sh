@@ -14,7 +14,7 @@ cd "$ROOT"
 EXIT_REQUEUE=75
 
 main() {
-    local sweep=() nodes=1 node_rank=0 rendezvous='' code=0 line failed=0
+    local sweep=() nodes=1 node_rank=0 rendezvous='' code=0 line failed=0 started
     stopping=false
     trap 'stopping=true' TERM USR1
     # What it says last can be read after it has ended.
@@ -32,8 +32,10 @@ main() {
     load_env .env env/*.env
     export UV_NO_SYNC=1 # it was done before, and a run of a sweep must not change the environment of the next
     if [[ ${#sweep[@]} == 0 ]]; then
+        started=$(date +%s)
         train "$@" || code=$?
-        say "ended with exit code $code; the log is in the run's log.txt"
+        run_since "$started"
+        say "ended with exit code $code${RUN_NAME:+; the log is in runs/$RUN_NAME/log.txt}"
         return $code
     fi
     for line in "${sweep[@]}"; do

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.common import load_environment
+from trainkit.run_directory import Status, write_status
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("infra/*.sh"), *ROOT.glob("infra/*.sbatch")])
@@ -279,7 +280,7 @@ def start_training(tmp_path: Path, **variables: str) -> subprocess.CompletedProc
     tools = tmp_path / "bin"
     program(tools, "uv", "")
     (tmp_path / "log").unlink(missing_ok=True)
-    listing = 'if [[ $1 == list-panes ]]; then [[ -s $LOG ]] && echo 0; exit; fi'
+    listing = "if [[ $1 == list-panes ]]; then [[ -s $LOG ]] && echo 0; exit; fi"
     program(tools, "tmux", f'{listing}; printf "%s\\n" "$@" >>"$LOG"; env >>"$LOG.env"')
     base = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     return subprocess.run(
@@ -320,6 +321,44 @@ def test_tmux_never_sees_a_credential(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     seen = (tmp_path / "log").read_text() + (tmp_path / "log.env").read_text()
     assert "my file.toml" in seen and secret not in seen + done.stdout + done.stderr
+
+
+# -- the end of a training ---------------------------------------------------------------------------------------------
+
+
+def test_the_run_of_a_session_is_the_one_whose_status_is_newest(tmp_path: Path) -> None:
+    script = 'cd "$1"; run_since "$2"; echo "$RUN_NAME|$RUN_STATE|$RUN_STEP"'
+    assert shell(script, str(tmp_path), "0").stdout == "||\n"
+    for name, state, step, moment in (("old", "finished", 9, 100.5), ("a b", "preempted", 12, 300.25)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        status = {"status": state, "step": step, "message": 'asked\n "step": 3', "time": moment}
+        (tmp_path / "runs" / name / "status.json").write_text(json.dumps(status, indent=1))
+    (tmp_path / "runs" / "c").mkdir()
+    (tmp_path / "runs" / "c" / "status.json").write_text("half a fi")
+    assert shell(script, str(tmp_path), "100").stdout == "a b|preempted|12\n"
+    assert shell(script, str(tmp_path), "301").stdout == "||\n"
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [("preempted", "mine has saved (step 12) and is still finishing"), ("running", "the run has not left")],
+)
+def test_a_run_that_has_saved_is_told_from_one_that_has_not(tmp_path: Path, state: Status, expected: str) -> None:
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    write_status(run, state, step=12)
+    panes = "[[ $* == *pane_pid* ]] && echo 99999999 || echo 0"  # a number that no process has
+    program(tmp_path / "bin", "tmux", f"case $1 in list-panes) {panes} ;; display-message) echo 1000 ;; esac")
+    done = subprocess.run(
+        [tmp_path / "scripts" / "stop_train_remote.sh", "1"],
+        env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 1 and expected in done.stderr, done.stderr
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
