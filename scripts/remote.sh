@@ -140,6 +140,9 @@ recipe_fetch() {
     any_file=${any_file:-${1:-}}
     [[ -n $any_file ]] || usage "name a file or folder below $REMOTE_ROOT: just fetch any_file=runs/simplestories"
     local path=${any_file%/}
+    # shellcheck disable=SC2016 # it is for the other side to expand
+    in_checkout bash -c '[[ -e $1 || -L $1 ]] || { echo "there is no $1 on the host; see just list-runs" >&2; exit 1; }' \
+        fetch "$path"
     if rsync_is_there; then
         # A run that trains meanwhile deletes checkpoints: 24 says that some files were gone when their turn came. What is
         # being written or deleted there stands under a hidden name and is not worth the way.
@@ -159,10 +162,10 @@ recipe_auto_train() {
     recipe_bootstrap
     # shellcheck disable=SC2119
     recipe_data
-    if [[ -f ${ENV_DIR:-$ROOT/env}/wandb.env ]]; then
+    if compgen -G "${ENV_DIR:-$ROOT/env}/*.env" >/dev/null; then
         recipe_sync_env
     else
-        say "no env/wandb.env to send"
+        say "no env/*.env to send"
     fi
     recipe_train "$@"
 }
@@ -228,13 +231,18 @@ report() {
 }
 
 # training_words WORD…: the arguments of transformerlm-train into WORDS: config=, extra=, and the words as they are. A
-# configuration is a file of the checkout, or the name of one that is shipped.
+# configuration is a file of the checkout, or the name of one that is shipped; --text brings its own.
 training_words() {
     split_words "$extra"
-    config=${config:-$DEFAULT_CONFIG}
+    WORDS+=("$@")
+    case " ${WORDS[*]+"${WORDS[*]}"}" in
+        *" --text "* | *" --text="*) ;;
+        *) config=${config:-$DEFAULT_CONFIG} ;;
+    esac
     case $config in
-        */* | *.toml) WORDS=(--config "$config" ${WORDS[@]+"${WORDS[@]}"} "$@") ;;
-        *) WORDS=(--config-name "$config" ${WORDS[@]+"${WORDS[@]}"} "$@") ;;
+        '') ;;
+        */* | *.toml) WORDS=(--config "$config" ${WORDS[@]+"${WORDS[@]}"}) ;;
+        *) WORDS=(--config-name "$config" ${WORDS[@]+"${WORDS[@]}"}) ;;
     esac
 }
 

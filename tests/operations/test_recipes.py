@@ -100,6 +100,10 @@ def training_words(shown: str) -> list[str]:
 def test_a_name_is_that_of_a_shipped_configuration(checkout: Path) -> None:
     assert training_words(run(checkout, "just", "train", "config=train_packed")) == ["--config-name", "train_packed"]
     assert training_words(run(checkout, "just", "train")) == ["--config", "config/resources/simplestories.toml"]
+    for words in (["--text", "my text/t.txt"], ["--text=t.txt"]):  # has a configuration of its own
+        assert training_words(run(checkout, "just", "train", *words)) == words
+    named = run(checkout, "just", "train", "config=train", "extra=--text t.txt")
+    assert training_words(named) == ["--config-name", "train", "--text", "t.txt"]
 
 
 def test_settings_of_the_environment_reach_the_host(checkout: Path) -> None:
@@ -158,6 +162,12 @@ def test_a_host_without_checkout_is_told_in_one_sentence(checkout: Path, tmp_pat
     lines = [line for line in said.splitlines() if "Pseudo-terminal" not in line]  # there is no terminal here
     assert lines == ["there is no checkout transformerlm on this host; run: just bootstrap-remote"]
     assert not (tmp_path / "transformerlm").exists()
+
+
+def test_what_is_not_there_to_fetch_is_told_in_one_sentence(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "transformerlm").mkdir()
+    said = on_a_host(checkout, tmp_path, "fetch", "any_file=runs/no pe/", check=False)
+    assert said == "there is no runs/no pe on the host; see just list-runs\n"
 
 
 def blocks(path: Path, start: str = "", end: str = "\0") -> list[str]:
