@@ -277,6 +277,19 @@ def test_a_training_that_dies_early_is_told_at_once(laptop: Laptop, hosts: list[
     assert "ended with exit code 1" in again and "the training has ended" in again
 
 
+def test_a_text_of_ones_own_travels_with_the_code(laptop: Laptop, hosts: list[Host]) -> None:
+    (laptop.root / "mytext").mkdir()
+    text = "".join(f"Once upon a time there was dog number {number}.\n" for number in range(2000))
+    (laptop.root / "mytext" / "t.txt").write_text(text)
+    laptop.just("bootstrap-remote")
+    settings = "training.max_steps=2 training.precision=fp32 training.threads=1 logging.plots=false"
+    laptop.just("train", f"extra=--text mytext/t.txt --vocab-size 300 {settings}", WANDB_MODE="offline")
+    wait_for_state(hosts[0], "t", "finished")
+    wait_for_training(hosts[0], lambda: "the log is in runs/t/log.txt" in screen(hosts[0]), "the session's end")
+    assert "the log is in runs/t/log.txt" in laptop.just("attach-train")
+    assert "there is no runs/nope on the host" in laptop.just("fetch", "any_file=runs/nope", check=False)
+
+
 def test_a_killed_run_is_told_from_a_running_one_and_taken_up_again(laptop: Laptop, hosts: list[Host]) -> None:
     host = hosts[0]
     (laptop.root / "mortal.toml").write_text(TINY.format(base="config/resources/simplestories.toml", steps=100_000))
