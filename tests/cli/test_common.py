@@ -13,7 +13,7 @@ import pytest
 import tomli
 
 from cli.common import Command, load_environment, run_command
-from config.loading import Loaded
+from config.loading import Loaded, shipped_names
 from config.schemas import PipelineConfig
 from trainkit.errors import UserError
 
@@ -121,7 +121,7 @@ def test_which_file() -> None:
         (["--print-config", "yaml"], "invalid choice", 2),
         (["--config", "gone.toml"], "There is no configuration file gone.toml", 1),
         (["--config", "quickstart.toml"], "--config-name quickstart", 1),
-        (["--config-name", "gone"], "corpus_long, diff_runs, eval", 2),
+        (["--config-name", "gone"], f"the names are {', '.join(shipped_names())}", 2),
         (["--config", "a.toml", "--config-name", "train"], "not both", 2),
         (["training.lr=5"], "training.lr: no such setting; did you mean `optimizer.learning_rate`?", 2),
         (["--explain", "nope"], "There is no table 'nope'", 2),
