@@ -140,7 +140,6 @@ def make_token_files(config: PipelineConfig, tokenizer: Tokenizer, *, force: boo
 def _corpus_of(prefix: Path) -> dict[str, Any] | None:
     """The `[corpus]` settings that token files were made with; None where there are no sound ones."""
     from trainkit.data.token_manifest import read_manifest
-    from trainkit.errors import UserError
 
     try:
         manifest = read_manifest(prefix)
