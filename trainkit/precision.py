@@ -57,7 +57,6 @@ class LossScale:
         self.is_enabled = precision == "fp16"
         self._value = torch.tensor(self._FIRST if self.is_enabled else 1.0, device=device)
         self._good_steps = torch.zeros((), device=device)
-        self._never = torch.zeros((), dtype=torch.bool, device=device)
 
     def scale(self, loss: Tensor) -> Tensor:
         return loss * self._value if self.is_enabled else loss
@@ -67,7 +66,7 @@ class LossScale:
 
     def blames(self, skip: Tensor) -> Tensor:
         """Whether the scale may be why the step is skipped, bool scalar: it can still become smaller."""
-        return skip & (self._value > 1) if self.is_enabled else self._never
+        return skip & (self._value > 1)
 
     def update(self, skip: Tensor) -> None:
         if self.is_enabled:
