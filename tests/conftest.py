@@ -12,9 +12,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile(
-    "repeatable", settings.get_profile("patient"), derandomize=True
-)  # the same examples each time
+# the same examples each time
+settings.register_profile("repeatable", settings.get_profile("patient"), derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "patient"))
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every process that a test starts.
