@@ -18,7 +18,7 @@ from tests.trainkit.toys import NextToken, TinyLanguageModel, ToySource
 from trainkit.distribution import World, any_rank
 from trainkit.errors import EXIT_USAGE, UserError
 from trainkit.loop import train
-from trainkit.reduction import add_over_ranks
+from trainkit.reduction import TreeReducer, add_over_ranks
 from trainkit.replicas import check_distribution
 from trainkit.specs import AdamWSpec, DistributedSpec, MuonSpec, TrainingSpec
 from trainkit.task import Batch, Loss
@@ -68,6 +68,25 @@ def test_tree_sum_is_its_definition_and_ranks_hold_subtrees() -> None:
                 assert tree_sum(torch.stack([tree_sum(part) for part in parts])).item() == wanted
     assert [odd_part(n) for n in (1, 2, 3, 12, 40)] == [1, 1, 3, 3, 5]
     assert [finished_pairs(i) for i in range(8)] == [0, 1, 0, 2, 0, 1, 0, 3]
+
+
+def test_one_rank_adds_any_number_of_micro_batches_whatever_came_before() -> None:
+    """1 (which needs no adding) among others, as ramps of the batch size have it, and after a step that failed."""
+    generator = torch.Generator().manual_seed(0)
+    weight, unused = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
+    reducer = TreeReducer([weight, unused], alone())
+    for count in (1, 3, 1, 4, 12, 1, 6):
+        failed, leaves = torch.randn(3, generator=generator), torch.randn(count, 3, generator=generator)
+        with reducer.leaf(0, 2):
+            (weight * failed).sum().backward()
+        for index, leaf in enumerate(leaves):
+            with reducer.leaf(index, count):
+                (weight * leaf).sum().backward()
+        reducer.finish()
+        assert weight.grad is not None
+        assert unused.grad is not None
+        assert weight.grad.tolist() == tree_sum(leaves).tolist()
+        assert unused.grad.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
