@@ -2,9 +2,12 @@
 
     uv run python -m benchmarking.bench_checkpoints
 
-A model of 1.6 million parameters with AdamW trains on one thread. First single saves: the time until `save`
-returns, and until the checkpoint is on the disk. Then three runs of the same number of steps, in turn: without saving,
-saving in the background, and saving while the loop waits, with 50 times the duration of a write between two saves.
+A model of 1.6 million parameters with AdamW trains on one thread. First single saves: the time until `save` returns,
+and until the checkpoint is on the disk. Then stretches of training, each 50 times as long as a write, in turn: without
+saving, with one save in the background, with one that the loop waits for. Each is compared to the two without a save
+that lie around it; A/A compares one of these two to the mean of its own neighbours. Medians are printed, and one JSON
+line last. The beginning of a stretch, three times a write long, is timed by itself too: there the copy and the writing
+beside the training happen, and a difference in it is a far smaller part of the noise of a whole stretch.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,9 +28,12 @@ from trainkit.optimizers import build_optimizer, optimizer_tensors
 from trainkit.specs import AdamWSpec, CheckpointSpec
 
 WIDTH, LAYERS, ROWS = 512, 6, 128
-SAVES_PER_RUN = 2
 INTERVAL = 50
-"""Duration of the interval between two saves, in durations of a write."""
+"""Length of a stretch, in durations of a write."""
+BEGINNING = 3
+"""Length of its beginning."""
+ROUNDS = 15
+KINDS = ("never", "background", "never", "waiting")
 
 
 class Training:
@@ -43,6 +50,10 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
     def snapshot(self, step: int) -> Snapshot:
         optimizer = optimizer_tensors(self.optimizer, self.model)
         return Snapshot({"step": step}, model_tensors(self.model), optimizer)
@@ -50,8 +61,7 @@ class Training:
 
 def single_save(training: Training, writer: CheckpointWriter, step: int) -> tuple[float, float]:
     """Seconds until the loop may go on, and until the checkpoint is on the disk; after some steps, as in a run."""
-    for _ in range(20):
-        training.step()
+    training.steps(20)
     start = time.perf_counter()
     writer.save(training.snapshot(step))
     blocked = time.perf_counter() - start
@@ -59,17 +69,39 @@ def single_save(training: Training, writer: CheckpointWriter, step: int) -> tupl
     return blocked, time.perf_counter() - start
 
 
-def run_seconds(training: Training, steps: int, every: int, store: CheckpointStore, *, waits: bool) -> float:
-    """A run that saves every so many steps (0 = never), up to the last checkpoint on the disk."""
+@dataclass(frozen=True)
+class Stretch:
+    """Seconds of a stretch of training."""
+
+    beginning: float
+    whole: float
+
+
+def run_stretch(training: Training, writer: CheckpointWriter, kind: str, step: int, counts: tuple[int, int]) -> Stretch:
+    """`counts`: steps of the beginning, and of the rest."""
     start = time.perf_counter()
-    with CheckpointWriter(store) as writer:
-        for step in range(1, steps + 1):
-            training.step()
-            if every and step % every == 0 and step < steps:
-                writer.save(training.snapshot(step))
-                if waits:
-                    writer.wait()
-    return time.perf_counter() - start
+    if kind != "never":
+        writer.save(training.snapshot(step))
+    if kind == "waiting":
+        writer.wait()
+    training.steps(counts[0])
+    beginning = time.perf_counter() - start
+    training.steps(counts[1])
+    return Stretch(beginning, time.perf_counter() - start)
+
+
+def costs(stretches: list[Stretch], turn: int) -> tuple[list[float], list[float]]:
+    """Of the stretches whose turn it is: shares of a stretch's time that its beginning, and all of it, took longer."""
+    beginnings: list[float] = []
+    wholes: list[float] = []
+    for index in range(len(KINDS) + turn, len(stretches) - 2, len(KINDS)):
+        # A stretch without a save lies between two with one: its neighbours are the next of its kind.
+        distance = 1 if KINDS[turn] != "never" else 2
+        now, around = stretches[index], (stretches[index - distance], stretches[index + distance])
+        quiet = statistics.mean(x.whole for x in around)
+        beginnings.append((now.beginning - statistics.mean(x.beginning for x in around)) / quiet)
+        wholes.append(now.whole / quiet - 1)
+    return beginnings, wholes
 
 
 def main() -> None:
@@ -78,32 +110,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = CheckpointStore(Path(folder), CheckpointSpec(keep_last=2))
         with CheckpointWriter(store) as writer:
-            times = [single_save(training, writer, step) for step in range(1, 7)][1:]
-        blocked, whole = (statistics.median(column) for column in zip(*times, strict=True))
-        start = time.perf_counter()
-        for _ in range(20):
-            training.step()
-        step_seconds = (time.perf_counter() - start) / 20
-        every = round(INTERVAL * whole / step_seconds)
-        steps = every * SAVES_PER_RUN + every // 2
-        seconds = {
-            name: run_seconds(training, steps, interval, store, waits=waits)
-            for name, interval, waits in (
-                ("never", 0, False),
-                ("background", every, False),
-                ("waiting", every, True),
-                ("never again", 0, False),
-            )
-        }
+            times = [single_save(training, writer, step) for step in range(1, 10)][1:]
+            blocked, whole = (statistics.median(column) for column in zip(*times, strict=True))
+            start = time.perf_counter()
+            training.steps(20)
+            step_seconds = (time.perf_counter() - start) / 20
+            beginning = round(BEGINNING * whole / step_seconds)
+            counts = (beginning, round(INTERVAL * whole / step_seconds) - beginning)
+            stretches = [
+                run_stretch(training, writer, KINDS[number % len(KINDS)], 100 + number, counts)
+                for number in range((ROUNDS + 2) * len(KINDS))
+            ]
     size = snapshot_bytes(training.snapshot(0)) / 2**20
-    base = (seconds["never"] + seconds["never again"]) / 2
-    print(f"checkpoint of {size:.0f} MiB, a step takes {step_seconds * 1e3:.0f} ms, a save every {every} steps")
+    print(f"checkpoint of {size:.0f} MiB, a step takes {step_seconds * 1e3:.1f} ms, a save every {sum(counts)} steps")
     print(
         f"  a save takes {whole * 1e3:.0f} ms; the loop stands still for {blocked * 1e3:.0f} ms, {blocked / whole:.0%}"
     )
-    for name, value in seconds.items():
-        print(f"  {name:<12} {value:6.1f} s  {value / base - 1:+.2%}")
-    print(json.dumps({"mib": size, "blocked_s": blocked, "save_s": whole, **seconds}))
+    print(f"  longer by, median of {ROUNDS}      by the beginning    all of it (quartiles)")
+    result = {"mib": size, "blocked_s": blocked, "save_s": whole}
+    for name, turn in (("A/A", 0), ("background", 1), ("waiting", 3)):
+        beginnings, wholes = costs(stretches, turn)
+        low, middle, high = statistics.quantiles(wholes, n=4)
+        print(f"  {name:<30} {statistics.median(beginnings):+11.2%} {middle:+15.2%} ({low:+.2%} to {high:+.2%})")
+        result |= {f"{name} beginning": statistics.median(beginnings), name: middle}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
