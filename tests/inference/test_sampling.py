@@ -58,7 +58,7 @@ def test_filters_equal_brute_force(
 ) -> None:
     seen = data.draw(st.lists(st.booleans(), min_size=len(logits), max_size=len(logits)))
     spec = SamplingSpec(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
-    ours = adjusted_log_probs(torch.tensor([logits]), spec, seen=torch.tensor([seen])).exp()
+    ours = adjusted_log_probs(torch.tensor([logits], dtype=torch.float64), spec, seen=torch.tensor([seen])).exp()
     expected = torch.tensor([brute_force(logits, spec, seen)], dtype=torch.float64)
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
 
@@ -82,7 +82,7 @@ def test_samples_follow_the_exact_distribution(spec: SamplingSpec) -> None:
     """Chi-square within 5 standard deviations of its own distribution; the numbers are fixed: no luck is involved."""
     count, vocabulary = 200_000, 50
     logits = 2.0 * torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(1))
-    probs = adjusted_log_probs(logits, spec)[0].exp().numpy()
+    probs = adjusted_log_probs(logits.double(), spec)[0].exp().numpy()
     drawn = draw(logits.expand(count, -1), spec, rows=torch.arange(count)).numpy()
     observed = np.bincount(drawn, minlength=vocabulary)
     assert (observed[probs == 0] == 0).all()

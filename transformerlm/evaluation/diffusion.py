@@ -211,11 +211,8 @@ def _nats(denoiser: Denoiser, window: Window, hidden: BoolArray, asked: BoolArra
     is_fill = torch.from_numpy(window.documents < 0).to(device)
     segments = is_fill.long().expand(len(hidden), -1) if is_fill.any() else None
     with nvtx.range("score"):
-        if given_clean:
-            logits = denoiser.logits_given_clean(noisy, clean, chosen, segments=segments)
-        else:
-            logits = denoiser.logits(noisy, chosen, segments=segments)
-        nats = torch.nn.functional.cross_entropy(logits, clean[chosen], reduction="none")
+        read = denoiser.nats_given_clean if given_clean else denoiser.nats
+        nats = read(noisy, clean, chosen, segments=segments)
     result = np.zeros(hidden.shape)
     result[asked] = nats.cpu().numpy()
     return result

@@ -5,10 +5,11 @@ places are chosen depends on the distributions there, never on what would be dra
 samples exactly from the model, in whatever order (adaptive orders included), and only more than one approximates. So
 does `agreement`, which looks at what was drawn.
 
-Tokens are drawn in 64-bit floats; 32-bit Gumbel noise would silently lower the temperature (Zheng et al. 2024,
-arXiv:2409.02908). A place's random number is a function of seed, row and place alone.
+Tokens are drawn in 64-bit floats, at the chosen places alone; 32-bit Gumbel noise would silently lower the temperature
+(Zheng et al. 2024, arXiv:2409.02908). A place's random number is a function of seed, row and place alone.
 
-The host has a copy of the canvas and knows by itself what is open: a pass waits for the device once, for its tokens.
+The host has a copy of the canvas and knows by itself what is open: a pass waits for the device twice, for the places
+that it has chosen and for their tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -95,15 +97,16 @@ def denoise(
                     if stop_id is not None:
                         logits = _without_stops(logits, never_stops[places], stop_id)
                     seen = _seen(canvas, places, logits.shape[-1], unpenalized) if penalizes else None
-                    log_probs = adjusted_log_probs(logits, sampling, seen=seen)
-                    tokens = _draw(log_probs, drawing[places], sampling)
-                if judge is None:
-                    chosen = choose_places(log_probs, places, clock, wanted, denoising)
-                else:
-                    drafted = canvas.index_put(places, tokens)
-                    chosen = _agreed(judge, drafted, places, block, denoiser, denoising)
-                canvas[places] = torch.where(chosen, tokens, denoiser.mask_id)
-                step = _step(number, is_open, chosen, tokens, log_probs, text)
+                    draw = partial(_draw, logits, drawing[places], sampling, seen)
+                    if judge is None:
+                        log_probs = adjusted_log_probs(logits, sampling, seen=seen)
+                        drawn = draw(choose_places(log_probs, places, clock, wanted, denoising).nonzero().squeeze(1))
+                    else:
+                        drafts = draw(torch.arange(len(logits), device=device))
+                        drafted = canvas.index_put(places, drafts.tokens)
+                        drawn = drafts.only(_agreed(judge, drafted, places, block, denoiser, denoising))
+                canvas[places[0][drawn.chosen], places[1][drawn.chosen]] = drawn.tokens
+                step = _step(number, is_open, drawn, text)
             yield step
             steps_left = (steps_left - 1).clamp(min=1)
             number += 1
@@ -112,7 +115,7 @@ def denoise(
 def choose_places(log_probs: Tensor, places: Places, waiting: Tensor, wanted: Tensor, spec: DenoisingSpec) -> Tensor:
     """Which of the open places to fill now, bool [places]: at least one of each row that has any.
 
-    `log_probs` float64 [places, vocab_size]; `waiting` float64 [batch, length], a random number for each place of the
+    `log_probs` float [places, vocab_size]; `waiting` float64 [batch, length], a random number for each place of the
     canvas, the highest first; `wanted` int64 [batch], how many of a row to fill.
     """
     rows, _ = places
@@ -121,7 +124,9 @@ def choose_places(log_probs: Tensor, places: Places, waiting: Tensor, wanted: Te
         latest = torch.full_like(waiting, -1.0).index_put(places, waiting[places]).amax(dim=1)
         chosen = waiting[places] == latest[rows]
     else:
-        scores = torch.full_like(waiting, -math.inf).index_put(places, _scores(log_probs, places, waiting, spec))
+        scores = torch.full_like(waiting, -math.inf).index_put(
+            places, _scores(log_probs, places, waiting, spec).double()
+        )
         ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         chosen = ranks[places] < wanted[rows]
     if spec.threshold:
@@ -130,7 +135,7 @@ def choose_places(log_probs: Tensor, places: Places, waiting: Tensor, wanted: Te
 
 
 def _scores(log_probs: Tensor, places: Places, waiting: Tensor, spec: DenoisingSpec) -> Tensor:
-    """How early each open place comes, float64 [places]; the highest first."""
+    """How early each open place comes, float [places]; the highest first."""
     match spec.order:
         case "confidence":
             return log_probs.amax(dim=-1)
@@ -220,18 +225,33 @@ def _seen(canvas: Tensor, places: Places, vocab_size: int, ignored: list[int]) -
     return seen[places[0]]
 
 
-def _draw(log_probs: Tensor, numbers: Tensor, sampling: SamplingSpec) -> Tensor:
+@dataclass(frozen=True)
+class _Drawn:
+    """Some of the open places, and what was drawn there: [drawn] each, on the device."""
+
+    chosen: Tensor
+    """int64, which of the open places."""
+    tokens: Tensor
+    confidences: Tensor
+
+    def only(self, wanted: Tensor) -> _Drawn:
+        """Those that `wanted`, bool [drawn], marks."""
+        return _Drawn(self.chosen[wanted], self.tokens[wanted], self.confidences[wanted])
+
+
+def _draw(logits: Tensor, numbers: Tensor, sampling: SamplingSpec, seen: Tensor | None, chosen: Tensor) -> _Drawn:
+    """`logits`, `numbers` (float64) and `seen` of all open places; `chosen` int64, which of them to draw for."""
+    log_probs = adjusted_log_probs(logits[chosen].double(), sampling, seen=None if seen is None else seen[chosen])
     if sampling.temperature == 0:
-        return log_probs.argmax(dim=-1)
-    return invert_cumulative(log_probs.exp(), numbers.unsqueeze(-1))
+        tokens = log_probs.argmax(dim=-1)
+    else:
+        tokens = invert_cumulative(log_probs.exp(), numbers[chosen].unsqueeze(-1))
+    return _Drawn(chosen, tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1).exp())
 
 
-def _step(number: int, is_open: Tensor, chosen: Tensor, tokens: Tensor, log_probs: Tensor, text: Tensor) -> Step:
+def _step(number: int, is_open: Tensor, drawn: _Drawn, text: Tensor) -> Step:
     """Fetch what was drawn, in one piece, and write it into the host's `text`."""
-    confidences = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1).exp()
-    drawn = torch.stack([chosen.double(), tokens.double(), confidences]).cpu()
-    is_chosen = drawn[0] > 0
-    rows, columns = is_open.nonzero()[is_chosen].unbind(dim=1)
-    tokens, confidences = drawn[1, is_chosen].long(), drawn[2, is_chosen]
-    text[rows, columns] = tokens
-    return Step(number, rows.tolist(), columns.tolist(), tokens.tolist(), confidences.tolist(), text)
+    chosen, tokens, confidences = torch.stack([drawn.chosen.double(), drawn.tokens.double(), drawn.confidences]).cpu()
+    rows, columns = is_open.nonzero()[chosen.long()].unbind(dim=1)
+    text[rows, columns] = tokens.long()
+    return Step(number, rows.tolist(), columns.tolist(), tokens.long().tolist(), confidences.tolist(), text)

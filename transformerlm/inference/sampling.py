@@ -1,6 +1,6 @@
 """From logits to token ids: pure functions on float tensors [batch, vocab_size].
 
-Everything is computed in 64-bit floats. One uniform number per row selects the token by inverting the cumulative
+Tokens are drawn in 64-bit floats. One uniform number per row selects the token by inverting the cumulative
 distribution; it depends on seed, text and place alone, so that a row does not depend on its neighbours.
 """
 
@@ -25,18 +25,17 @@ def random_numbers(seed: int, rows: Tensor, length: int) -> Tensor:
 
 def sample_tokens(logits: Tensor, spec: SamplingSpec, numbers: Tensor, *, seen: Tensor | None = None) -> Tensor:
     """Ids int64 [batch], selected by `numbers` (float64 [batch], in [0, 1)); `seen` as in `penalize_repetition`."""
-    log_probs = adjusted_log_probs(logits, spec, seen=seen)
+    log_probs = adjusted_log_probs(logits.double(), spec, seen=seen)
     if spec.temperature == 0:
         return log_probs.argmax(dim=-1)
     return invert_cumulative(log_probs.exp(), numbers.unsqueeze(-1))
 
 
 def adjusted_log_probs(logits: Tensor, spec: SamplingSpec, *, seen: Tensor | None = None) -> Tensor:
-    """The distribution that `spec` samples from: float64 log-probabilities, −∞ for what is cut off.
+    """The distribution that `spec` samples from: log-probabilities, −∞ for what is cut off; in the type of `logits`.
 
     In order: repetition penalty, temperature, top-k, top-p, min-p; each sees what the one before has left.
     """
-    logits = logits.double()
     if spec.repetition_penalty != 1.0 and seen is not None:
         logits = penalize_repetition(logits, seen, spec.repetition_penalty)
     if spec.temperature == 0:
