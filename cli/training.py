@@ -38,6 +38,7 @@ from trainkit.run_directory import (
     holds_run,
     read_config,
     read_status,
+    read_summary,
     withdraw_run,
     write_status,
     write_summary,
@@ -383,8 +384,12 @@ def _status_of(directory: Path, world: World) -> Generator[Callable[[Result], No
         return
 
     def report(result: Result) -> None:
+        summary = {"status": result.status, "step": result.step, "best": result.best}
+        known = read_summary(directory)
+        if all(known.get(name, value) == value for name, value in summary.items()):
+            summary |= known  # a run that was finished before: what has been measured of it since is still true
         # The status last: it says that everything is there.
-        write_summary(directory, {"status": result.status, "step": result.step, "best": result.best})
+        write_summary(directory, summary)
         write_status(directory, STATUS[result.status], step=result.step)
 
     try:

@@ -165,6 +165,9 @@ def test_a_missing_summary_is_made_again(place: Path) -> None:
     summary = json.loads((place / "runs/small/summary.json").read_text())
     assert "stories" in summary
     assert (summary["val_documents"], summary["test_documents"]) == (12, 5) and summary["test_loss"] > 0
+    assert train.main(["--config", "runs/small/config.toml", "--resume"]) == 0  # has nothing to do
+    again = json.loads((place / "runs/small/summary.json").read_text())
+    assert again == {**summary, "status": "finished", "step": 2, "best": again["best"]}
 
 
 def test_a_run_that_keeps_no_optimizer_resumes_after_an_interrupt_and_after_its_end(
