@@ -1,4 +1,8 @@
-"""The second home of checkpoints: complete or absent there too, behind when it must, never in the way."""
+"""The second home of checkpoints: complete or absent there too, behind when it must, never in the way.
+
+Against a server that speaks S3 as well where moto and s3fs are installed: `uv pip install --target DIR moto[server] s3fs`,
+then `PYTHONPATH=DIR pytest tests/trainkit/test_remote.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import urllib.request
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -24,11 +29,33 @@ from trainkit.remote import Remote, fetch_newest, mirror, open_remote
 from trainkit.specs import CheckpointSpec
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "memory", "s3"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[str]:
-    yield f"file://{tmp_path}/far/run" if request.param == "file" else "memory://far/run"
-    if request.param == "memory":
-        fsspec.filesystem("memory").store.clear()
+    match request.param:
+        case "file":
+            yield f"file://{tmp_path}/far/run"
+        case "memory":
+            yield "memory://far/run"
+            fsspec.filesystem("memory").store.clear()
+        case _:
+            yield from s3_url(request.getfixturevalue("monkeypatch"))
+
+
+def s3_url(monkeypatch: pytest.MonkeyPatch) -> Generator[str]:
+    """A new bucket of a server of its own on this machine."""
+    moto_server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"):
+        monkeypatch.setenv(f"AWS_{name}", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()  # buckets outlive their server
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+    yield "s3://bucket/far/run"
+    server.stop()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 @pytest.fixture(autouse=True)
