@@ -1,7 +1,7 @@
 """The second home of checkpoints: complete or absent there too, behind when it must, never in the way.
 
-Against a server that speaks S3 as well where moto and s3fs are installed: `uv pip install --target DIR moto[server] s3fs`,
-then `PYTHONPATH=DIR pytest tests/trainkit/test_remote.py`.
+Against a server that speaks S3 as well, where moto and s3fs are installed: `uv pip install --target DIR moto[server]
+s3fs`, then `PYTHONPATH=DIR pytest tests/trainkit/test_remote.py`.
 """
 
 from __future__ import annotations
