@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import nn
@@ -118,13 +118,15 @@ def build_evaluator(
     shares = {name: _share(held_out, config.evaluation.max_documents, world) for name, held_out in sets.items()}
     reading = reading_of(config.objective)
 
-    def sums(model: nn.Module, documents: Iterable[IntArray]) -> tuple[float, int, int]:
+    def sums(model: nn.Module, portion: Portion) -> tuple[float, int, int]:
         assert isinstance(model, Transformer)
-        scores = score(Predictor(model, tokenizer, reading), documents, config.evaluation).scores
+        predictor = Predictor(model, tokenizer, reading)
+        # The seed makes the noise of a bound another one in each portion.
+        scores = score(predictor, portion.documents, config.evaluation, seed=portion.first).scores
         return math.fsum(scores.nats), int(scores.tokens.sum()), int(scores.bytes.sum())
 
-    def measure(model: nn.Module, share: Sequence[Iterable[IntArray]]) -> dict[str, float]:
-        parts = gather_over_ranks([sums(model, documents) for documents in share], world)
+    def measure(model: nn.Module, share: Sequence[Portion]) -> dict[str, float]:
+        parts = gather_over_ranks([sums(model, portion) for portion in share], world)
         nats, tokens, size = zip(*(one for part in parts for one in part), strict=True)
         total = math.fsum(nats)  # exact: it does not matter in which order the ranks' parts come
         loss = total / max(sum(tokens), 1)
@@ -143,11 +145,18 @@ def build_evaluator(
     return evaluate
 
 
-def _share(held_out: HeldOut, limit: int, world: World) -> list[Iterable[IntArray]]:
+class Portion(NamedTuple):
+    """Documents `first`, … of a set."""
+
+    first: int
+    documents: Iterable[IntArray]
+
+
+def _share(held_out: HeldOut, limit: int, world: World) -> list[Portion]:
     """This rank's documents, tokenised here, once.
 
     In portions that are the same for any number of ranks: which documents share a row changes the last bits of a score.
     """
     count = min(len(held_out), limit or len(held_out))
     starts = range(0, count, DOCUMENTS_AT_ONCE)[world.rank :: world.size]
-    return [held_out.documents(start, min(start + DOCUMENTS_AT_ONCE, count)) for start in starts]
+    return [Portion(first, held_out.documents(first, min(first + DOCUMENTS_AT_ONCE, count))) for first in starts]

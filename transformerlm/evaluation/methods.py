@@ -15,8 +15,11 @@ REPLICATES = 2
 """Independent estimates of a bound; their difference tells its error."""
 
 
-def score(predictor: Predictor, documents: Iterable[IntArray], spec: EvaluationSpec) -> Bound:
-    """Score documents (ids, the final end-of-text included); a method that is exact has no standard error."""
+def score(predictor: Predictor, documents: Iterable[IntArray], spec: EvaluationSpec, *, seed: int = 0) -> Bound:
+    """Score documents (ids, the final end-of-text included); a method that is exact has no standard error.
+
+    `seed` is of what a bound draws.
+    """
     model, tokenizer = predictor.model, predictor.tokenizer
     byte_lengths, eot_id, context_length = tokenizer.byte_lengths(), tokenizer.eot_id, model.spec.context_length
     match resolve_method(spec.method, predictor.reading):
@@ -40,6 +43,7 @@ def score(predictor: Predictor, documents: Iterable[IntArray], spec: EvaluationS
                 context_length=context_length,
                 draws=spec.draws,
                 replicates=REPLICATES,
+                seed=seed,
                 batch_size=spec.batch_size,
             )
         case _:
