@@ -40,6 +40,7 @@ def run(loaded: Loaded[InferConfig], arguments: argparse.Namespace) -> None:
     predictor = Predictor.from_checkpoint(
         spec.checkpoint, device=spec.device, weights=spec.weights, precision=spec.precision
     )
+    predictor.resolve_mode(spec.mode)  # a wrong one is refused once, not at every line of a conversation
     if arguments.watch:
         _check_watchable(predictor, spec, arguments)
         watch(predictor, spec)

@@ -14,6 +14,7 @@ from cli import infer
 from config.loading import load, shipped
 from config.schemas import InferConfig
 from tests.models.checkpoints import write_checkpoint
+from trainkit.errors import EXIT_USAGE
 from transformerlm.inference.predictor import Predictor
 
 LIMITS = ["inference.total_length=30", "inference.stop_at_eot=false"]
@@ -113,6 +114,14 @@ def test_a_conversation_goes_on_until_the_end_is_typed(
     assert (
         refused == "" and "60 tokens of prompt fill the model's context" in output.err and "Traceback" not in output.err
     )
+
+
+def test_a_conversation_in_a_mode_that_the_model_does_not_know_never_begins(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_lines(monkeypatch)
+    assert call(run, "--interactive", "inference.mode=diffusion") == EXIT_USAGE
+    assert capsys.readouterr().err.count("trained for ar") == 1
 
 
 def test_an_interrupt_stops_the_continuation_only(

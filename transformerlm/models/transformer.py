@@ -152,7 +152,8 @@ class Transformer(nn.Module):
         """Continue int64 [batch, length] (or [length]) by `max_new_tokens`, prompt included in the result.
 
         Options are the fields of `SamplingSpec` (`temperature`, `top_k`, `top_p`, …) and `seed`. The tokens are taken
-        as they are: begin them with the tokenizer's end-of-text id, as every document in training began.
+        as they are: begin them with the tokenizer's end-of-text id, as every document in training began. For models
+        trained for next tokens; a `transformerlm.inference.predictor.Predictor` knows what its checkpoint was for.
         """
         from transformerlm.inference.generation import extend
 
