@@ -5,7 +5,7 @@ One function for each `pipeline_mode`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,54 +15,28 @@ from cli.validation import MAIN, TEST, HeldOut, HeldOutTexts, HeldOutTokens
 from config.schemas import TrainConfig
 from trainkit.data.megatron import IndexedTokens, verify_all
 from trainkit.data.orders import build_order
-from trainkit.data.prefetch import prefetch
 from trainkit.data.specs import DataSpec, MegatronDataSpec, PackedDataSpec, RowsDataSpec, StreamDataSpec
 from trainkit.data.splits import iterate
 from trainkit.data.streams import PackedSource, RowsSource
 from trainkit.data.windows import MegatronSource
 from trainkit.errors import UserError
-from trainkit.loop import DataState, Source
+from trainkit.loop import Source
 from trainkit.ramps import units_before
-from trainkit.task import Batch
 from transformerlm.tokenizer.tokenizer import Tokenizer
-
-Prepare = Callable[[Batch], Batch]
-"""The objective's `prepare`."""
 
 
 @dataclass(frozen=True)
 class RunData:
     """What a run reads, opened and checked."""
 
-    source: Callable[[int, int, Prepare], Source]
-    """`source(rank, world_size, prepare)`: that rank's training batches, each prepared where it is read."""
+    source: Callable[[int, int], Source]
+    """`source(rank, world_size)`: that rank's training batches."""
     validation: Mapping[str, HeldOut]
     """By name; the main one is `val`."""
     inputs: Mapping[str, Any]
     """What `config.json` records, so that a run is not resumed with other data."""
     verify: Callable[[], None] = lambda: None
     """Reads everything once and compares it with its checksums, where the settings ask for that."""
-
-
-@dataclass(frozen=True)
-class Prefetched:
-    """A source that a background thread reads ahead of the loop."""
-
-    read: Callable[[list[DataState] | None], Iterator[tuple[list[Batch], DataState]]]
-    depth: int
-    prepare: Prepare
-
-    def steps(self, states: list[DataState] | None) -> Generator[tuple[list[Batch], DataState]]:
-        return prefetch(self._prepared(states), self.depth)
-
-    def _prepared(self, states: list[DataState] | None) -> Generator[tuple[list[Batch], DataState]]:
-        steps = self.read(states)
-        try:
-            for batches, state in steps:
-                yield [self.prepare(batch) for batch in batches], state
-        finally:
-            if isinstance(steps, Generator):
-                steps.close()
 
 
 def open_run_data(config: TrainConfig, tokenizer: Tokenizer, revision: str = "") -> RunData:
@@ -113,15 +87,14 @@ def _open_token_files(config: TrainConfig, data: MegatronDataSpec, tokenizer: To
         num_samples=units_before(config.training, config.training.max_steps) // config.model.context_length,
     )
 
-    def source(rank: int, world_size: int, prepare: Prepare) -> Source:
-        windows = MegatronSource(
+    def source(rank: int, world_size: int) -> Source:
+        return MegatronSource(
             order=order,
             samples_per_step=_samples_per_step(config),
             device_batch_size=config.training.device_batch_size,
             rank=rank,
             world_size=world_size,
         )
-        return Prefetched(windows.steps, data.prefetch, prepare)
 
     validation = _open_validation(data, tokenizer)
     inputs = {"train": " ".join(one.identity for one in tokens), **_identities(validation)}
@@ -165,13 +138,12 @@ def _open_stream(
         "seed": config.run.seed,
     }
 
-    def source(rank: int, world_size: int, prepare: Prepare) -> Source:
+    def source(rank: int, world_size: int) -> Source:
         match data:
             case PackedDataSpec():
-                batches = PackedSource(**shared, spec=data, rank=rank, world_size=world_size)
+                return PackedSource(**shared, spec=data, rank=rank, world_size=world_size)
             case RowsDataSpec():
-                batches = RowsSource(**shared, spec=data, rank=rank, world_size=world_size)
-        return Prefetched(batches.steps, data.prefetch, prepare)
+                return RowsSource(**shared, spec=data, rank=rank, world_size=world_size)
 
     validation = _open_validation(data, tokenizer, revision)
     inputs = {"train": documents.identity, "revision": revision, **_identities(validation)}

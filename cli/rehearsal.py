@@ -61,7 +61,7 @@ def _attempt(
     return rehearse(
         build,
         objective,
-        objective.prepare(made_up_batch(rows, config.model.context_length)),
+        objective.prepare(made_up_batch(rows, config.model.context_length), 0),
         world,
         training=training,
         optimizer=config.optimizer,

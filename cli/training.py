@@ -165,7 +165,7 @@ def open_ingredients(config: TrainConfig, revision: str) -> Ingredients:
     tokenizer = Tokenizer.load(config.tokenizer.path)
     _check_prompts(config, tokenizer)
     data = open_run_data(config, tokenizer, revision)
-    data.source(0, 1, lambda batch: batch)  # refuses what no rank could read
+    data.source(0, 1)  # refuses what no rank could read
     if "diffusion" in reading_of(config.objective).modes:
         checked_mask_id(tokenizer)
     return Ingredients(config, tokenizer, data)
@@ -254,7 +254,9 @@ def compose(
     return Run(
         model=_create_model(config, tokenizer),
         task=objective,
-        source=ingredients.data.source(world.rank, world.size, objective.prepare),
+        source=ingredients.data.source(world.rank, world.size),
+        prepare=objective.prepare,
+        prefetch=config.data.prefetch,
         training=config.training,
         optimizer=config.optimizer,
         schedule=config.schedule,

@@ -14,8 +14,8 @@ from itertools import chain
 from profiling import nvtx
 from trainkit.checkpoints import Snapshot
 from trainkit.distribution import any_rank
+from trainkit.feeding import feed
 from trainkit.norms import LayerNorms, Probe
-from trainkit.ramps import ramped
 from trainkit.reporting import announce, gives_up, training_record
 from trainkit.run import DataState, Log, Result, Run, Source, Status
 from trainkit.saving import save, tell, writing
@@ -37,8 +37,7 @@ def train(run: Run, resume: Snapshot | None = None) -> Result:
         status: Status = "finished"
         if state.step < run.training.max_steps:
             data_states = resume.trainer["data"] if resume else None
-            with closing(run.source.steps(data_states)) as steps, writing(run, state), run.recorder:
-                steps = ramped(steps, run.training, state.step)
+            with closing(feed(run, data_states, state.step)) as steps, writing(run, state), run.recorder:
                 first = next(steps)
                 with nvtx.range("trial"):
                     announce(run, state, first[0])

@@ -92,7 +92,9 @@ def replay_step(run: Run, step: int, begin: Snapshot | None) -> Replayed:
     log = _Records()
     seen = _Seen(run, source, step, begin.trainer["step"] if begin else 0)
     watchdog = Watchdog(run.distributed.watchdog_seconds, rank=run.world.rank)  # the run's own would write its status
-    quiet = replace(run, source=source, log=log, checkpoints=None, evaluate=None, sample=None, watchdog=watchdog)
+    quiet = replace(
+        run, source=source, prefetch=0, log=log, checkpoints=None, evaluate=None, sample=None, watchdog=watchdog
+    )
     train(replace(quiet, inspect=seen.inspect, stop_requested=lambda: seen.result is not None), resume=begin)
     if seen.result is None:
         raise UserError(
@@ -191,7 +193,7 @@ def _gradients(model: nn.Module, unscale: Callable[[Tensor], Tensor]) -> dict[st
 
 @dataclass
 class _Positions:
-    """A source that remembers where it was last."""
+    """A source that remembers where it was last: the loop's step, as nothing reads ahead."""
 
     source: Source
     position: DataState = field(default_factory=dict[str, Any])

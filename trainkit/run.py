@@ -63,6 +63,15 @@ number of the step (from 1), this rank's micro-batches and sums, and what undoes
 gradient in, the same of the loss itself out)."""
 
 
+Prepare = Callable[[Batch, int], Batch]
+"""What a task needs done to a batch, given the step (from 0) that it belongs to."""
+
+
+def _as_it_is(batch: Batch, step: int) -> Batch:
+    del step
+    return batch
+
+
 @dataclass(frozen=True)
 class Run:
     """All that the loop needs, composed by the caller."""
@@ -92,6 +101,10 @@ class Run:
     """Writes down how long what takes, in a window of steps."""
     inspect: Inspect | None = None
     """Sees every gradient; changes nothing."""
+    prepare: Prepare = _as_it_is
+    """Applied to every micro-batch, on the CPU, before it is weighed and moved to the device."""
+    prefetch: int = 0
+    """Steps that a thread reads and prepares ahead of the loop; 0 = none, and no thread."""
 
 
 @dataclass(frozen=True)

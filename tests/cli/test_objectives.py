@@ -91,6 +91,17 @@ def test_both_ways_of_a_dual_model_write_and_are_compared(runs: Path, capsys: py
 
 
 @pytest.mark.slow
+def test_steps_may_grow_while_both_objectives_train(tmp_path: Path) -> None:
+    """Shorter windows are masked as such, and α follows the steps, not the samples."""
+    growing = ["training.context_length_divisors=[[0,2],[4,1]]", "training.batch_size_factors=[[2,2]]"]
+    weights = ["objective.ar_weight=1", "objective.final_ar_weight=0"]
+    assert run(tmp_path, "quickstart_dual", *growing, *weights, "training.max_steps=6", "inference.prompts=[]") == 0
+    told = records(tmp_path, "quickstart_dual", "train")
+    assert [record["ar_weight"] for record in told] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    assert all(0.4 < record["diffusion/mask_fraction"] < 0.6 for record in told)
+
+
+@pytest.mark.slow
 def test_a_stopped_diffusion_run_goes_on_as_if_it_had_not_been(runs: Path, tmp_path: Path) -> None:
     """The noise is a function of seed and sample: stopped at step 5 and resumed, every loss is the same to the bit."""
     script = f"""

@@ -89,10 +89,10 @@ def test_the_made_up_batch_is_like_a_real_one(tmp_path: Path, files: Path, objec
     config = configured(settings(tmp_path, files, "r", f"training.objective={objective}"))
     ingredients = cli.training.open_ingredients(config, "")
     task = cli.training.task_of(config, ingredients.tokenizer, torch.device("cpu"))
-    steps = ingredients.data.source(0, 1, task.prepare).steps(None)
-    real = next(steps)[0][0]
+    steps = ingredients.data.source(0, 1).steps(None)
+    real = task.prepare(next(steps)[0][0], 0)
     steps.close()
-    made_up = task.prepare(made_up_batch(8, 32))
+    made_up = task.prepare(made_up_batch(8, 32), 0)
     assert {name: (t.shape, t.dtype) for name, t in made_up.items()} == {
         name: (t.shape, t.dtype) for name, t in real.items()
     }

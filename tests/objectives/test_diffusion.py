@@ -120,7 +120,7 @@ def test_the_mean_loss_is_the_mean_chain_rule_over_all_orders(
     }
     values = []
     for step in range(6):
-        noisy = task.prepare({**batch, "sample": batch["sample"] + step * draws})
+        noisy = task.prepare({**batch, "sample": batch["sample"] + step * draws}, step)
         values.append(float(task.loss(model, noisy, task.weights(noisy)).value))
     eligible = list(range(length)) if alignment == "in_place" else list(range(1, length))
     expected = mean_over_orders(model, tokens[:length], eligible, alignment) / len(eligible)
@@ -157,9 +157,9 @@ def test_times_fill_the_strata_of_a_step_whatever_the_cut() -> None:
 
 def test_a_row_does_not_depend_on_its_company() -> None:
     task = objective(random_length_fraction=0.5)
-    whole = task.prepare(make_batch())
+    whole = task.prepare(make_batch(), 0)
     for rows in (slice(0, 1), slice(3, 8)):
-        alone = task.prepare(part(make_batch(), rows))
+        alone = task.prepare(part(make_batch(), rows), 0)
         assert torch.equal(alone["noisy"], whole["noisy"][rows])
         assert torch.equal(alone["eligible"], whole["eligible"][rows])
 
@@ -168,7 +168,7 @@ def test_only_eligible_tokens_are_masked_and_the_rest_is_carried_over() -> None:
     batch = make_batch(invalid=2)
     batch["documents"][1, 5:] = -1
     for alignment in ("in_place", "shifted"):
-        noisy = objective(alignment=alignment).prepare(batch)
+        noisy = objective(alignment=alignment).prepare(batch, 0)
         masked = noisy["noisy"] == MASK
         expected = (batch["documents"][:, :-1] >= 0) & batch["valid"].unsqueeze(1)
         if alignment == "shifted":
@@ -184,8 +184,8 @@ def test_only_eligible_tokens_are_masked_and_the_rest_is_carried_over() -> None:
 def test_accumulation_gives_the_gradient_of_one_batch(model: Transformer, settings: dict[str, Any]) -> None:
     task = objective(**settings)
     batch = make_batch(invalid=1)
-    whole = value_and_gradients(task, model, [task.prepare(batch)])
-    cut = value_and_gradients(task, model, [task.prepare(part(batch, rows)) for rows in (slice(0, 3), slice(3, 8))])
+    whole = value_and_gradients(task, model, [task.prepare(batch, 0)])
+    cut = value_and_gradients(task, model, [task.prepare(part(batch, rows), 0) for rows in (slice(0, 3), slice(3, 8))])
     assert whole[0] == pytest.approx(cut[0], rel=1e-12)
     for one, other in zip(whole[1], cut[1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
@@ -193,7 +193,7 @@ def test_accumulation_gives_the_gradient_of_one_batch(model: Transformer, settin
 
 def test_gradient_against_finite_differences(model: Transformer) -> None:
     task = objective(block_size=4)
-    batch = task.prepare(make_batch())
+    batch = task.prepare(make_batch(), 0)
     _, gradients = value_and_gradients(task, model, [batch])
     parameters = list(model.parameters())
     generator = torch.Generator().manual_seed(5)
@@ -214,7 +214,7 @@ def test_only_masked_positions_reach_the_head(model: Transformer, monkeypatch: p
     head = model.head
     monkeypatch.setattr(model, "head", lambda hidden: (seen.append(len(hidden)), head(hidden))[1])
     task = objective()
-    batch = task.prepare(make_batch())
+    batch = task.prepare(make_batch(), 0)
     task.loss(model, batch, task.weights(batch))
     count = int((batch["noisy"] == MASK).sum())
     assert count <= seen[0] < count + 8 + 1  # padded to a multiple of an eighth of the 64 positions
@@ -226,9 +226,9 @@ def test_fill_neither_counts_nor_is_seen(model: Transformer) -> None:
     other = {**batch, "tokens": batch["tokens"].clone()}
     other["tokens"][:, 5:] = 0
     task = objective()
-    values = [value_and_gradients(task, model, [task.prepare(one)]) for one in (batch, other)]
+    values = [value_and_gradients(task, model, [task.prepare(one, 0)]) for one in (batch, other)]
     assert values[0][0] == values[1][0]
-    assert int(task.weights(task.prepare(batch))["loss"]) == 8 * 5
+    assert int(task.weights(task.prepare(batch, 0))["loss"]) == 8 * 5
 
 
 def test_a_document_mask_hides_all_other_documents(model: Transformer) -> None:
@@ -240,7 +240,7 @@ def test_a_document_mask_hides_all_other_documents(model: Transformer) -> None:
     @torch.no_grad()
     def nats_of_the_second(one: dict[str, Tensor], *, document_mask: bool) -> float:
         task = objective(document_mask=document_mask)
-        noisy = task.prepare(one)
+        noisy = task.prepare(one, 0)
         noisy["loss_weight"] = noisy["loss_weight"] * (noisy["masked"] % 8 >= 3)
         return float(task.loss(model, noisy, task.weights(noisy)).value)
 
@@ -252,7 +252,7 @@ def test_a_document_mask_hides_all_other_documents(model: Transformer) -> None:
 def test_the_log_tells_the_loss_at_each_noise_level(model: Transformer) -> None:
     """The plain nats of the masked tokens, by how likely a mask was, and how many there are."""
     task = objective()
-    batch = task.prepare(make_batch(invalid=1))
+    batch = task.prepare(make_batch(invalid=1), 0)
     metrics = task.loss(model, batch, task.weights(batch)).metrics
     clean, masked = batch["tokens"][:, :-1], batch["noisy"] == MASK
     levels = stratified_times(3, batch["sample"], samples_per_step=SAMPLES_PER_STEP).expand(-1, 8)
@@ -271,7 +271,7 @@ def test_the_log_tells_the_loss_at_each_noise_level(model: Transformer) -> None:
 
 def test_short_windows_have_every_length() -> None:
     batch = make_batch(rows=4000)
-    noisy = objective(random_length_fraction=0.5).prepare(batch)
+    noisy = objective(random_length_fraction=0.5).prepare(batch, 0)
     lengths = noisy["eligible"].sum(dim=1)
     counts = torch.bincount(lengths, minlength=9)
     # Of 9 lengths of the stored window each has 1/18, and the two longest leave all 8 tokens.
@@ -283,7 +283,7 @@ def test_short_windows_have_every_length() -> None:
 def test_each_block_sees_itself_and_a_clean_past(model: Transformer) -> None:
     """The doubled pass against one plain pass for each block, on the clean past and the noisy block alone."""
     task = objective(block_size=3)
-    batch = task.prepare(make_batch())
+    batch = task.prepare(make_batch(), 0)
     denoiser = Denoiser(model, MASK, FORBIDDEN, block_size=3)
     clean, noisy = batch["tokens"][:, :-1], batch["noisy"]
     chosen = noisy == MASK
@@ -301,7 +301,7 @@ def test_each_block_sees_itself_and_a_clean_past(model: Transformer) -> None:
 @torch.no_grad()
 def test_a_block_as_long_as_the_window_is_plain_diffusion(model: Transformer) -> None:
     plain, blocks = objective(), objective(block_size=8)
-    one, other = plain.prepare(make_batch()), blocks.prepare(make_batch())
+    one, other = plain.prepare(make_batch(), 0), blocks.prepare(make_batch(), 0)
     assert torch.equal(one["noisy"], other["noisy"])
     values = [float(task.loss(model, b, task.weights(b)).value) for task, b in ((plain, one), (blocks, other))]
     assert values[0] == pytest.approx(values[1], rel=1e-12)
@@ -381,10 +381,13 @@ def test_dual_is_the_weighted_sum_of_its_halves(model: Transformer) -> None:
     batch = make_batch(invalid=1)
     ar = build_objective(AutoregressiveSpec(), SPEC)
     diffusion = objective(alignment="shifted")
-    parts = [value_and_gradients(ar, model, [batch]), value_and_gradients(diffusion, model, [diffusion.prepare(batch)])]
+    parts = [
+        value_and_gradients(ar, model, [batch]),
+        value_and_gradients(diffusion, model, [diffusion.prepare(batch, 0)]),
+    ]
     for alpha in (0.0, 0.3, 1.0):
         task = dual(alpha, alpha)
-        halves = [task.prepare(part(batch, rows)) for rows in (slice(0, 5), slice(5, 8))]
+        halves = [task.prepare(part(batch, rows), 0) for rows in (slice(0, 5), slice(5, 8))]
         value, gradients = value_and_gradients(task, model, halves)
         assert value == pytest.approx(alpha * parts[0][0] + (1 - alpha) * parts[1][0], rel=1e-6)
         for mixed, one, other in zip(gradients, parts[0][1], parts[1][1], strict=True):
@@ -393,6 +396,6 @@ def test_dual_is_the_weighted_sum_of_its_halves(model: Transformer) -> None:
 
 def test_alpha_moves_linearly_over_the_run() -> None:
     task = dual(1.0, 0.1)
-    alphas = [float(task.prepare(make_batch(first=8 * step))["ar_weight"][0]) for step in range(12)]
+    alphas = [float(task.prepare(make_batch(), step)["ar_weight"][0]) for step in range(12)]
     assert alphas[:10] == pytest.approx(np.linspace(1.0, 0.1, 10).tolist())
     assert alphas[10:] == pytest.approx([0.1, 0.1])

@@ -43,16 +43,27 @@ def test_samples_come_in_order_whatever_step_one_starts_from(start: int) -> None
 
 
 def test_a_growing_run_resumes_to_the_bit(tmp_path: Path) -> None:
+    """However far a thread is ahead, and with the steps that its batches are prepared for."""
     training = {"max_steps": 10, "save_every": 4, "log_every": 3, "batch_size_factors": FACTORS}
     undisturbed, log = ListLog(), ListLog()
+    prepared: set[tuple[int, int]] = set()
+
+    def prepare(batch: Batch, step: int) -> Batch:
+        prepared.update((step, sample) for sample in batch["sample"][batch["valid"]].tolist())
+        return batch
+
     train(make_run(tmp_path / "a", undisturbed, training=training))
     result = Result("preempted", 0, {}, None)
     while result.status != "finished":
         snapshot = newest(tmp_path / "b")
         del log.records[snapshot.trainer["log_offset"] if snapshot else 0 :]
-        result = train(make_run(tmp_path / "b", log, training=training, stop_requested=stop_after(2)), resume=snapshot)
+        changes = {"stop_requested": stop_after(2), "prepare": prepare, "prefetch": 3}
+        result = train(make_run(tmp_path / "b", log, training=training, **changes), resume=snapshot)
     assert log.records == undisturbed.records and sha(tmp_path / "b") == sha(tmp_path / "a")
     assert newest(tmp_path / "a").trainer["samples"] == 12 * (3 + 4 * 2 + 3 * 4)
+    bounds = [units_before(TrainingSpec(total_batch_size=12, batch_size_factors=FACTORS), step) for step in range(11)]
+    wanted = {(step, sample) for step in range(10) for sample in range(bounds[step], bounds[step + 1])}
+    assert {pair for pair in prepared if pair[0] < 10} == wanted
     assert [r["samples_seen"] for r in log.records if r["kind"] == "train"][:2] == [36, 12 * (3 + 3 * 2)]
 
 

@@ -5,7 +5,7 @@ Step s takes the samples s·B … s·B + B − 1 of the order (`trainkit.data.or
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -39,7 +39,7 @@ class MegatronSource:
         """Rows of every micro-batch, the same for all ranks and steps: no more than the largest share fills."""
         return min(self.device_batch_size, -(-self.samples_per_step // self.world_size))
 
-    def steps(self, states: list[dict[str, Any]] | None = None) -> Iterator[tuple[list[Batch], dict[str, Any]]]:
+    def steps(self, states: list[dict[str, Any]] | None = None) -> Generator[tuple[list[Batch], dict[str, Any]]]:
         """This rank's micro-batches of the next step, and the JSON-able state after it, while the order has samples.
 
         A batch holds `tokens` and `documents`, int64 [rows, context_length + 1], `sample`, int64 [rows], and `valid`,

@@ -28,8 +28,9 @@ class Autoregressive:
     document_mask: bool
     """Whether attention stays inside each document."""
 
-    def prepare(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch, step: int) -> Batch:
         """As it is: nothing is drawn."""
+        del step
         return batch
 
     def weights(self, batch: Batch) -> Mapping[str, Tensor]:

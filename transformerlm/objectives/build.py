@@ -28,8 +28,11 @@ class NoiseContext:
 
 
 class Objective(Task, Protocol):
-    def prepare(self, batch: Batch) -> Batch:
-        """What must be done to a batch on the CPU, ahead of the training thread, before `weights` and `loss` see it."""
+    def prepare(self, batch: Batch, step: int) -> Batch:
+        """What must be done to a batch on the CPU, ahead of the training thread, before `weights` and `loss` see it.
+
+        `step` (from 0) is the one that it belongs to.
+        """
         ...
 
 

@@ -39,14 +39,15 @@ class MaskedDiffusion:
     samples_per_step: int
     seed: int
 
-    def prepare(self, batch: Batch) -> Batch:
-        """The batch with its noise; on the CPU, before it goes to the device.
+    def prepare(self, batch: Batch, step: int) -> Batch:
+        """The batch with its noise, which depends on its samples' numbers; on the CPU, before it goes to the device.
 
         From `tokens`, `documents` (int64 [rows, context_length + 1], −1 = fill), `sample` and `valid`: adds `noisy`
         int64 [rows, context_length], and for each masked token its place in the flattened window, `masked`, its
         `loss_weight` and its `mask_probability` (padding: place 0, weight and probability 0); `segments` where
         attention must tell tokens apart. `eligible` bool [rows, context_length] says what may be masked.
         """
+        del step
         clean, documents = batch["tokens"][:, :-1], batch["documents"][:, :-1]
         documents = self._cut_some_short(batch["sample"], documents)
         eligible = (documents >= 0) & batch["valid"].unsqueeze(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from trainkit.task import Batch, Loss
@@ -26,12 +27,11 @@ class Dual:
     diffusion: MaskedDiffusion
     max_steps: int
 
-    def prepare(self, batch: Batch) -> Batch:
-        """The diffusion half's noise, and `ar_weight`, float32 [rows]: α in the samples' step."""
-        step = batch["sample"] // self.diffusion.samples_per_step
-        done = (step / max(self.max_steps - 1, 1)).clamp(max=1.0)
+    def prepare(self, batch: Batch, step: int) -> Batch:
+        """The diffusion half's noise, and `ar_weight`, float32 [rows]: α in this step."""
+        done = min(step / max(self.max_steps - 1, 1), 1.0)
         alpha = self.spec.ar_weight + (self.spec.final_ar_weight - self.spec.ar_weight) * done
-        return {**self.diffusion.prepare(batch), "ar_weight": alpha.float()}
+        return {**self.diffusion.prepare(batch, step), "ar_weight": torch.full(batch["sample"].shape, alpha)}
 
     def weights(self, batch: Batch) -> Mapping[str, Tensor]:
         halves = {"ar": self.ar.weights(batch), "diffusion": self.diffusion.weights(batch)}
