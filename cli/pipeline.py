@@ -42,6 +42,7 @@ def run(loaded: Loaded[PipelineConfig], arguments: argparse.Namespace) -> int:
     config = loaded.config
     layout.prepare(config, arguments)
     check_text(config.corpus)
+    check_beginning(config)
     force, verify = arguments.force, arguments.verify
     tokenizer_path, tokenizer = make_tokenizer(
         config, force=force, retrain=arguments.force_retrain_tokenizer, verify=verify
@@ -59,6 +60,15 @@ def run(loaded: Loaded[PipelineConfig], arguments: argparse.Namespace) -> int:
     if exit_code == 0:
         report(train_config)
     return exit_code
+
+
+def check_beginning(config: PipelineConfig) -> None:
+    """Another run whose weights this one begins with is missed now, not after all that comes before the training."""
+    from trainkit import beginnings
+    from trainkit.run_directory import holds_run
+
+    if not holds_run(Path(config.run.dir) / config.run.name):
+        beginnings.check_beginning(config.checkpoint)
 
 
 def make_tokenizer(config: PipelineConfig, *, force: bool, retrain: bool, verify: bool) -> tuple[Path, Tokenizer]:

@@ -24,6 +24,7 @@ from trainkit.checkpoints import (
 )
 from trainkit.errors import EXIT_USAGE, UserError
 from trainkit.remote import fetch_newest, open_remote
+from trainkit.specs import CheckpointSpec
 
 NEW_HORIZON_FLAG = "--new-horizon"
 
@@ -56,11 +57,22 @@ def choose_beginning(store: CheckpointStore) -> Beginning:
 def first_beginning(store: CheckpointStore) -> Beginning:
     """Where a run begins that has no checkpoint of its own yet."""
     spec = store.spec
+    check_beginning(spec)
     if spec.resume_from:
         return Beginning("other run", resolve_checkpoint(spec.resume_from, store.report))
     if spec.init_from:
         return Beginning("weights", resolve_checkpoint(spec.init_from, store.report))
     return Beginning()
+
+
+def check_beginning(spec: CheckpointSpec) -> None:
+    """Refuse to begin with another run that does not exist."""
+    for name, place in (("resume_from", spec.resume_from), ("init_from", spec.init_from)):
+        if place and not _root(place).exists():
+            raise UserError(
+                f'checkpoint.{name} = "{place}" does not exist; train that run first, or name the folder of another '
+                "run or of one of its steps"
+            )
 
 
 def load_beginning(
@@ -94,10 +106,7 @@ def resolve_checkpoint(place: str, report: Callable[[str], None]) -> Path:
 
     The links are not trusted: the newest intact checkpoint is found anew, and the best is the one that it names.
     """
-    path = Path(place)
-    root = path.parent if path.name in ("latest", "best") else path
-    if not root.exists():
-        raise UserError(f"{place} does not exist; name a step folder or a run folder")
+    path, root = Path(place), _root(place)
     root = root / "checkpoints" if (root / "checkpoints").is_dir() else root
     if path.name not in ("latest", "best") and not list_checkpoints(root):
         verify_directory(path)
@@ -113,6 +122,12 @@ def resolve_checkpoint(place: str, report: Callable[[str], None]) -> Path:
         raise UserError(f"{place} does not exist: the run has no best checkpoint; name another")
     verify_directory(found)
     return found
+
+
+def _root(place: str) -> Path:
+    """The folder that must exist; `latest` and `best` in it need not."""
+    path = Path(place)
+    return path.parent if path.name in ("latest", "best") else path
 
 
 def _fetched(store: CheckpointStore) -> Path | None:
