@@ -42,8 +42,8 @@ def run(loaded: Loaded[PipelineConfig], arguments: argparse.Namespace) -> int:
     config = loaded.config
     layout.prepare(config, arguments)
     check_text(config.corpus)
-    check_beginning(config)
     force, verify = arguments.force, arguments.verify
+    miss_other_run(config, force=force)
     tokenizer_path, tokenizer = make_tokenizer(
         config, force=force, retrain=arguments.force_retrain_tokenizer, verify=verify
     )
@@ -62,13 +62,17 @@ def run(loaded: Loaded[PipelineConfig], arguments: argparse.Namespace) -> int:
     return exit_code
 
 
-def check_beginning(config: PipelineConfig) -> None:
-    """Another run whose weights this one begins with is missed now, not after all that comes before the training."""
-    from trainkit import beginnings
+def miss_other_run(config: PipelineConfig, *, force: bool) -> None:
+    """Refuse a run that would begin with another that does not exist, before anything is made or set aside.
+
+    One that has a remote home may go on from there; whether it does is found out later.
+    """
+    from trainkit.beginnings import check_beginning
     from trainkit.run_directory import holds_run
 
-    if not holds_run(Path(config.run.dir) / config.run.name):
-        beginnings.check_beginning(config.checkpoint)
+    begins = force or not holds_run(Path(config.run.dir) / config.run.name)
+    if begins and not config.checkpoint.remote:
+        check_beginning(config.checkpoint)
 
 
 def make_tokenizer(config: PipelineConfig, *, force: bool, retrain: bool, verify: bool) -> tuple[Path, Tokenizer]:

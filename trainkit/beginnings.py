@@ -68,7 +68,7 @@ def first_beginning(store: CheckpointStore) -> Beginning:
 def check_beginning(spec: CheckpointSpec) -> None:
     """Refuse to begin with another run that does not exist."""
     for name, place in (("resume_from", spec.resume_from), ("init_from", spec.init_from)):
-        if place and not _root(place).exists():
+        if place and not _folder(place).exists():
             raise UserError(
                 f'checkpoint.{name} = "{place}" does not exist; train that run first, or name the folder of another '
                 "run or of one of its steps"
@@ -106,7 +106,7 @@ def resolve_checkpoint(place: str, report: Callable[[str], None]) -> Path:
 
     The links are not trusted: the newest intact checkpoint is found anew, and the best is the one that it names.
     """
-    path, root = Path(place), _root(place)
+    path, root = Path(place), _folder(place)
     root = root / "checkpoints" if (root / "checkpoints").is_dir() else root
     if path.name not in ("latest", "best") and not list_checkpoints(root):
         verify_directory(path)
@@ -124,8 +124,8 @@ def resolve_checkpoint(place: str, report: Callable[[str], None]) -> Path:
     return found
 
 
-def _root(place: str) -> Path:
-    """The folder that must exist; `latest` and `best` in it need not."""
+def _folder(place: str) -> Path:
+    """Of a run or a step; `latest` and `best` of one are links, which need not exist."""
     path = Path(place)
     return path.parent if path.name in ("latest", "best") else path
 

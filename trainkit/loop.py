@@ -14,19 +14,17 @@ from itertools import chain
 from profiling import nvtx
 from trainkit.checkpoints import Snapshot
 from trainkit.distribution import any_rank
-from trainkit.feeding import feed
+from trainkit.feeding import FedStep, feed
 from trainkit.norms import LayerNorms, Probe
 from trainkit.reporting import announce, gives_up, training_record
 from trainkit.run import DataState, Log, Result, Run, Source, Status
 from trainkit.saving import save, tell, writing
 from trainkit.state import State, evaluation_mode, start_state
-from trainkit.task import Batch
 from trainkit.throughput import Clock
 from trainkit.update import take_step
 
 __all__ = ["DataState", "Log", "Result", "Run", "Source", "train"]
 
-Steps = Iterator[tuple[list[Batch], DataState]]
 _NO_PROBE = Probe()
 
 
@@ -47,7 +45,7 @@ def train(run: Run, resume: Snapshot | None = None) -> Result:
     return Result(status, state.step, state.best or {}, state.writer.newest if state.writer else None)
 
 
-def _run_steps(run: Run, state: State, steps: Steps) -> Status:
+def _run_steps(run: Run, state: State, steps: Iterator[FedStep]) -> Status:
     """Step, and after each step whatever is due: record, measure, validate, sample, save, stop."""
     training = run.training
     validates = run.evaluate is not None and not training.skip_validation

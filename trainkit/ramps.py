@@ -55,7 +55,7 @@ def cut_windows(batch: Batch, parts: int) -> Batch:
     """A batch of windows `tokens`, `documents` [rows, length + 1] as one of [rows · parts, length / parts + 1].
 
     Neighbours share a token, as the windows did: each target is still there once. Part p of sample g is sample
-    g · parts + p.
+    g · parts + p; when the parts become fewer, numbers come again, for other text (what is drawn by number, too).
     """
     if parts == 1:
         return batch

@@ -1,8 +1,8 @@
 """From the gradients of micro-batches to the gradient of the step, the same on every rank.
 
 A `Reducer` is told when each micro-batch goes backward, and leaves the step's sum in `.grad`. `TreeReducer` adds in the
-order of `trainkit.tree`; `WrapperReducer` leaves the adding to a wrapper of PyTorch (DDP, FSDP) and only tells it which
-micro-batch is the last.
+order of `trainkit.tree`; `LocalReducer` leaves the adding to autograd, where there is one rank, `WrapperReducer` to a
+wrapper of PyTorch (DDP, FSDP), which it only tells which micro-batch is the last.
 """
 
 from __future__ import annotations
@@ -29,6 +29,40 @@ class Reducer(Protocol):
     def finish(self) -> None:
         """After the last one: `.grad` holds the step's sum over all micro-batches and ranks."""
         ...
+
+
+@dataclass(frozen=True)
+class LocalReducer:
+    """One rank, where autograd adds micro-batch after micro-batch."""
+
+    module: nn.Module
+
+    @contextmanager
+    def leaf(self, index: int, count: int) -> Generator[None]:
+        del count
+        if index == 0:
+            self.module.zero_grad(set_to_none=True)
+        yield
+        if index == 0:
+            part_gradients(self.module.parameters())
+
+    def finish(self) -> None:
+        pass
+
+
+def part_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give every gradient memory of its own.
+
+    Autograd keeps what an operation hands it: parameters that meet through views, as in `a[None] + b[None]`, get
+    gradients in one memory, and what is then done in place (adding, clipping) is done to both, twice.
+    """
+    taken: set[int] = set()
+    for parameter in parameters:
+        if parameter.grad is not None:
+            place = parameter.grad.untyped_storage().data_ptr()
+            if place in taken:
+                parameter.grad = parameter.grad.clone()
+            taken.add(place)
 
 
 @dataclass(frozen=True)
@@ -68,7 +102,7 @@ class TreeReducer:
     no power of two the backend adds over ranks, in its own order.
 
     Where a step is one micro-batch on one rank there is nothing to add: its gradients stay where autograd leaves them,
-    which spares a buffer that lives between steps, and its clearing and filling.
+    which spares the buffer, its clearing and its filling.
 
     A parameter that no micro-batch uses has gradient zero.
     """
@@ -92,9 +126,11 @@ class TreeReducer:
 
     @contextmanager
     def _only_leaf(self) -> Generator[None]:
+        self._free.clear()  # of steps with more leaves
         for parameter in self._parameters:
             parameter.grad = None
         yield
+        part_gradients(self._parameters)
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -111,7 +147,7 @@ class TreeReducer:
                 self._free.append(right)
 
     def finish(self) -> None:
-        if not self._stack:
+        if not self._stack:  # an only leaf opens no buffer
             return
         (total,) = self._stack
         if self._world.size > 1:

@@ -17,7 +17,7 @@ from profiling import nvtx
 from trainkit.distribution import World
 from trainkit.errors import EXIT_USAGE, UserError
 from trainkit.fully_sharded import made_whole, shard_fully, unsynchronised, whole_on_main
-from trainkit.reduction import Reducer, TreeReducer, WrapperReducer
+from trainkit.reduction import LocalReducer, Reducer, TreeReducer, WrapperReducer
 from trainkit.sharding import Shares, collect_on_main, share_parameters, spread_weights
 from trainkit.specs import DistributedSpec, OptimizerSpec, TrainingSpec
 from trainkit.tree import is_power_of_two
@@ -55,7 +55,7 @@ def replicate(model: nn.Module, world: World, distributed: DistributedSpec | Non
     if world.device.type == "cpu" or distributed.reduction == "tree":
         replica = Replica(model, model, TreeReducer(model.parameters(), world))
     elif world.size == 1:
-        replica = Replica(model, model, WrapperReducer(model, nullcontext))
+        replica = Replica(model, model, LocalReducer(model))
     else:
         replica = _data_parallel(model, world)
     if distributed.strategy == "zero1" and world.size > 1:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from transformerlm.evaluation.diffusion import Window, cut_windows, score_bound, score_left_to_right
+from transformerlm.inference import denoising
 from transformerlm.inference.denoising import Denoiser
 from transformerlm.models.build import create_model
 from transformerlm.models.specs import TransformerSpec
@@ -168,6 +169,14 @@ def test_the_bound_of_blocks_lies_between() -> None:
     bound = score_bound(one, DOCUMENTS, BYTES, eot_id=EOT, context_length=LENGTH, draws=128, replicates=8)
     assert abs(bound.scores.nats.sum() - expected) < 5 * bound.standard_error + 1e-9
     assert bound.standard_error < 0.03 * expected
+
+
+def test_the_result_does_not_depend_on_the_pieces_that_logits_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: Any = {"eot_id": EOT, "context_length": LENGTH, "draws": 6, "batch_size": 4}
+    whole = score_bound(denoiser(), DOCUMENTS, BYTES, **settings)
+    monkeypatch.setattr(denoising, "PIECE", 7)
+    pieces = score_bound(denoiser(), DOCUMENTS, BYTES, **settings)
+    np.testing.assert_allclose(pieces.scores.nats, whole.scores.nats, rtol=1e-12)
 
 
 def test_the_result_does_not_depend_on_the_batch_size() -> None:

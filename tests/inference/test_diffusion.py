@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.waits import Waits
 from trainkit.random import Purpose, uniform
 from transformerlm.inference.denoising import Denoiser
 from transformerlm.inference.diffusion import Step, denoise
@@ -36,6 +39,11 @@ def denoiser(gain: float = 12.0, *, noise_embedding: bool = False, **settings: A
             if parameter.dim() > 1:
                 parameter.mul_(gain)
     return Denoiser(model, MASK, torch.tensor([False] * 4 + [True]), **settings)
+
+
+def narrow(one: Denoiser) -> Denoiser:
+    """The same in 32 bits, as models are used."""
+    return replace(one, model=deepcopy(one.model).float())
 
 
 def canvas_of(*texts: str) -> Tensor:
@@ -415,3 +423,30 @@ def test_a_threshold_that_nothing_reaches_commits_a_token_a_pass_and_one_that_al
     for threshold, passes in ((1.0, 11), (1e-300, 1)):
         spec = DenoisingSpec(agreement=threshold, order="left_to_right")
         assert len(list(denoise(one, canvas, denoising=spec, judge=denoiser(2.0).model))) == passes
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_model_of_32_bits_chooses_and_draws_as_one_of_64(order: str) -> None:
+    """Places are chosen in the model's type, tokens drawn in 64 bits; on these texts no choice is that close."""
+    canvas, sampling = canvas_of("e..0........"), SamplingSpec(top_p=0.95, temperature=0.7)
+    wide, slim = (
+        fill(one, canvas, order=order, guidance=0.5, threshold=0.9, sampling=sampling, seed=3)
+        for one in (denoiser(), narrow(denoiser()))
+    )
+    assert [(step.positions, step.tokens) for step in slim] == [(step.positions, step.tokens) for step in wide]
+    drawn = [value for step in slim for value in step.confidences]
+    assert drawn == pytest.approx([value for step in wide for value in step.confidences], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"threshold": 0.9}, {"order": "left_to_right", "agreement": 0.3, "block_length": 4}], ids=str
+)
+def test_a_pass_waits_for_which_places_it_has_chosen(options: dict[str, Any]) -> None:
+    """And, which no operation tells, for the copy of their tokens."""
+    judge = denoiser().model if "agreement" in options else None
+    steps = denoise(denoiser(), canvas_of("e..........."), denoising=DenoisingSpec(**options), judge=judge)
+    next(steps)
+    with Waits() as waits:
+        next(steps)
+    on_the_host = ["_local_scalar_dense", "nonzero", "nonzero"]  # of its own copy: is any open, which, and which now
+    assert sorted(waits.seen) == sorted([*on_the_host, "nonzero"])

@@ -287,14 +287,14 @@ def test_each_block_sees_itself_and_a_clean_past(model: Transformer) -> None:
     denoiser = Denoiser(model, MASK, FORBIDDEN, block_size=3)
     clean, noisy = batch["tokens"][:, :-1], batch["noisy"]
     chosen = noisy == MASK
-    together = torch.full((*chosen.shape, VOCAB), math.nan, dtype=torch.float64)
-    together[chosen] = denoiser.logits_given_clean(noisy, clean, chosen)
+    together = torch.full(chosen.shape, math.nan, dtype=torch.float64)
+    together[chosen] = denoiser.nats_given_clean(noisy, clean, chosen)
     for start in range(0, 8, 3):
         end = min(start + 3, 8)
         text = torch.cat([clean[:, :start], noisy[:, start:end]], dim=1)
         asked = torch.zeros_like(text, dtype=torch.bool)
         asked[:, start:] = chosen[:, start:end]
-        alone = denoiser.logits(text, asked)
+        alone = denoiser.nats(text, clean[:, :end], asked)
         torch.testing.assert_close(together[:, start:end][chosen[:, start:end]], alone, rtol=1e-9, atol=1e-10)
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trainkit.ranks import alone, run_on_ranks
 from tests.trainkit.test_loop import ListLog, make_run
 from tests.trainkit.toys import TOYS, Regression, ToySource
+from tests.waits import Waits
 from trainkit.distribution import World
 from trainkit.errors import UserError
 from trainkit.loop import train
@@ -118,24 +118,6 @@ def test_shares_of_weights_add_up(tmp_path: Path, strategy: str) -> None:
         assert mine.keys() == theirs.keys() and "activation_rms/2" in mine
         for name in mine.keys() - {"kind"}:
             assert theirs[name] == pytest.approx(mine[name], rel=1e-3), name
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations whose result the host must know before it goes on."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        name = func.name().removeprefix("aten::").split(".")[0]
-        boolean_index = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
-        if name in self.WAITING or boolean_index:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 class Impatient(Regression):

@@ -18,7 +18,7 @@ from tests.trainkit.toys import NextToken, TinyLanguageModel, ToySource
 from trainkit.distribution import World, any_rank
 from trainkit.errors import EXIT_USAGE, UserError
 from trainkit.loop import train
-from trainkit.reduction import TreeReducer, add_over_ranks
+from trainkit.reduction import LocalReducer, Reducer, TreeReducer, add_over_ranks
 from trainkit.replicas import check_distribution
 from trainkit.specs import AdamWSpec, DistributedSpec, MuonSpec, TrainingSpec
 from trainkit.task import Batch, Loss
@@ -87,6 +87,32 @@ def test_one_rank_adds_any_number_of_micro_batches_whatever_came_before() -> Non
         assert unused.grad is not None
         assert weight.grad.tolist() == tree_sum(leaves).tolist()
         assert unused.grad.tolist() == [0.0, 0.0]
+
+
+def local_reducer(model: nn.Module) -> LocalReducer:
+    return LocalReducer(model)
+
+
+def tree_reducer(model: nn.Module) -> TreeReducer:
+    return TreeReducer(model.parameters(), alone())
+
+
+@pytest.mark.parametrize("reducer_of", [local_reducer, tree_reducer])
+@pytest.mark.parametrize("count", [1, 2])
+def test_gradients_that_autograd_leaves_in_one_memory_are_parted(
+    reducer_of: Callable[..., Reducer], count: int
+) -> None:
+    """Parameters that meet through views: adding and clipping in place would happen to both, twice."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))])
+    reducer = reducer_of(model)
+    for index in range(count):
+        with reducer.leaf(index, count):
+            (10 * (model[0][None] + model[1][None])).sum().backward()
+    reducer.finish()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for parameter in model:
+        assert parameter.grad is not None
+        assert parameter.grad.tolist() == pytest.approx([6**-0.5] * 3, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ REPLICATES = 2
 def score(predictor: Predictor, documents: Iterable[IntArray], spec: EvaluationSpec, *, seed: int = 0) -> Bound:
     """Score documents (ids, the final end-of-text included); a method that is exact has no standard error.
 
-    `seed` is of what a bound draws.
+    `seed` decides a bound's noise; exact methods ignore it.
     """
     model, tokenizer = predictor.model, predictor.tokenizer
     byte_lengths, eot_id, context_length = tokenizer.byte_lengths(), tokenizer.eot_id, model.spec.context_length

@@ -55,12 +55,6 @@ class Denoiser:
         """The same of named places: nothing has to be asked from the device."""
         return self._read(places, self._arguments(tokens, segments), self._logits)
 
-    def logits_given_clean(
-        self, noisy: Tensor, clean: Tensor, chosen: Tensor, *, segments: Tensor | None = None
-    ) -> Tensor:
-        """The same for all blocks of `noisy` at once, each of which sees the blocks before it as in `clean`."""
-        return self._read(_marked(chosen), self._arguments_given_clean(noisy, clean, segments), self._logits)
-
     def logits_with_cache(
         self, tokens: Tensor, places: Places, cache: KeyValueCache, *, start: int, noise_level: Tensor
     ) -> Tensor:
@@ -79,8 +73,10 @@ class Denoiser:
     def nats_given_clean(
         self, noisy: Tensor, clean: Tensor, chosen: Tensor, *, segments: Tensor | None = None
     ) -> Tensor:
-        """The same, read as by `logits_given_clean`."""
-        arguments = self._arguments_given_clean(noisy, clean, segments)
+        """The same for all blocks of `noisy` at once, each of which sees the blocks before it as in `clean`."""
+        arguments = denoising_arguments(
+            noisy, clean, mask_id=self.mask_id, block_size=self.block_size, segments=segments
+        )
         return self._read(_marked(chosen), arguments, self._nats_of(clean[chosen]))
 
     def noise_level(self, tokens: Tensor) -> Tensor:
@@ -91,9 +87,6 @@ class Denoiser:
         mask = block_causal(tokens.shape[1], self.block_size, tokens.device) if self.block_size else None
         level = self.noise_level(tokens)
         return {"tokens": tokens, "segments": segments, "causal": False, "mask": mask, "noise_level": level}
-
-    def _arguments_given_clean(self, noisy: Tensor, clean: Tensor, segments: Tensor | None) -> dict[str, Any]:
-        return denoising_arguments(noisy, clean, mask_id=self.mask_id, block_size=self.block_size, segments=segments)
 
     @torch.inference_mode()
     def _read(self, places: Places, arguments: dict[str, Any], use: Readout) -> Tensor:

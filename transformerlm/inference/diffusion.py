@@ -5,8 +5,9 @@ places are chosen depends on the distributions there, never on what would be dra
 samples exactly from the model, in whatever order (adaptive orders included), and only more than one approximates. So
 does `agreement`, which looks at what was drawn.
 
-Tokens are drawn in 64-bit floats, at the chosen places alone; 32-bit Gumbel noise would silently lower the temperature
-(Zheng et al. 2024, arXiv:2409.02908). A place's random number is a function of seed, row and place alone.
+Places are chosen in the type of the logits. Tokens are drawn in 64-bit floats, at the chosen places alone (with
+`agreement` at all that are open); 32-bit Gumbel noise would silently lower the temperature (Zheng et al. 2024,
+arXiv:2409.02908). A place's random number is a function of seed, row and place alone.
 
 The host has a copy of the canvas and knows by itself what is open: a pass waits for the device twice, for the places
 that it has chosen and for their tokens.
@@ -15,9 +16,9 @@ that it has chosen and for their tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -99,8 +100,8 @@ def denoise(
                     seen = _seen(canvas, places, logits.shape[-1], unpenalized) if penalizes else None
                     draw = partial(_draw, logits, drawing[places], sampling, seen)
                     if judge is None:
-                        log_probs = adjusted_log_probs(logits, sampling, seen=seen)
-                        drawn = draw(choose_places(log_probs, places, clock, wanted, denoising).nonzero().squeeze(1))
+                        believe = cache(partial(adjusted_log_probs, logits, sampling, seen=seen))
+                        drawn = draw(choose_places(believe, places, clock, wanted, denoising).nonzero().squeeze(1))
                     else:
                         drafts = draw(torch.arange(len(logits), device=device))
                         drafted = canvas.index_put(places, drafts.tokens)
@@ -112,11 +113,14 @@ def denoise(
             number += 1
 
 
-def choose_places(log_probs: Tensor, places: Places, waiting: Tensor, wanted: Tensor, spec: DenoisingSpec) -> Tensor:
+def choose_places(
+    believe: Callable[[], Tensor], places: Places, waiting: Tensor, wanted: Tensor, spec: DenoisingSpec
+) -> Tensor:
     """Which of the open places to fill now, bool [places]: at least one of each row that has any.
 
-    `log_probs` float [places, vocab_size]; `waiting` float64 [batch, length], a random number for each place of the
-    canvas, the highest first; `wanted` int64 [batch], how many of a row to fill.
+    `believe` returns log-probabilities, [places, vocab_size], and is asked where the choice depends on them; `waiting`
+    float64 [batch, length], a random number for each place of the canvas, the highest first; `wanted` int64 [batch],
+    how many of a row to fill.
     """
     rows, _ = places
     if spec.order == "first_hitting":
@@ -124,25 +128,25 @@ def choose_places(log_probs: Tensor, places: Places, waiting: Tensor, wanted: Te
         latest = torch.full_like(waiting, -1.0).index_put(places, waiting[places]).amax(dim=1)
         chosen = waiting[places] == latest[rows]
     else:
-        scores = torch.full_like(waiting, -math.inf).index_put(
-            places, _scores(log_probs, places, waiting, spec).double()
-        )
+        scores = _scores(believe, places, waiting, spec).to(waiting.dtype)
+        scores = torch.full_like(waiting, -math.inf).index_put(places, scores)
         ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         chosen = ranks[places] < wanted[rows]
     if spec.threshold:
-        chosen |= log_probs.amax(dim=-1) >= math.log(spec.threshold)
+        chosen |= believe().amax(dim=-1) >= math.log(spec.threshold)
     return chosen
 
 
-def _scores(log_probs: Tensor, places: Places, waiting: Tensor, spec: DenoisingSpec) -> Tensor:
+def _scores(believe: Callable[[], Tensor], places: Places, waiting: Tensor, spec: DenoisingSpec) -> Tensor:
     """How early each open place comes, float [places]; the highest first."""
     match spec.order:
         case "confidence":
-            return log_probs.amax(dim=-1)
+            return believe().amax(dim=-1)
         case "margin":
-            first, second = log_probs.exp().topk(2, dim=-1).values.unbind(dim=-1)
+            first, second = believe().exp().topk(2, dim=-1).values.unbind(dim=-1)
             return first - second
         case "entropy":
+            log_probs = believe()
             probs = log_probs.exp()
             return torch.where(probs > 0, probs * log_probs, 0.0).sum(dim=-1)
         case "random" | "first_hitting":
@@ -236,7 +240,8 @@ class _Drawn:
 
     def only(self, wanted: Tensor) -> _Drawn:
         """Those that `wanted`, bool [drawn], marks."""
-        return _Drawn(self.chosen[wanted], self.tokens[wanted], self.confidences[wanted])
+        kept = wanted.nonzero().squeeze(1)
+        return _Drawn(self.chosen[kept], self.tokens[kept], self.confidences[kept])
 
 
 def _draw(logits: Tensor, numbers: Tensor, sampling: SamplingSpec, seen: Tensor | None, chosen: Tensor) -> _Drawn:

@@ -21,7 +21,7 @@ from transformerlm.models.visibility import block_causal
 View = Callable[[], Tensor]
 """The canvas as it is now, as the model is to see it: int64 [rows, length]."""
 Logits = Callable[[Places], Tensor]
-"""From the places asked about to float64 [places, vocab_size]."""
+"""From the places asked about to logits [places, vocab_size], at least float32."""
 
 
 class Block(NamedTuple):
