@@ -91,12 +91,13 @@ def run_stretch(training: Training, writer: CheckpointWriter, kind: str, step: i
 
 
 def costs(stretches: list[Stretch], turn: int) -> tuple[list[float], list[float]]:
-    """Of the stretches whose turn it is: shares of a stretch's time that its beginning, and all of it, took longer."""
+    """Of the stretches at `turn` in each round but the first and the last: shares of a stretch's time that its
+    beginning, and all of it, took longer."""
+    # Those with a save lie between two without; those without are compared to the next of their kind.
+    distance = 2 if KINDS[turn] == "never" else 1
     beginnings: list[float] = []
     wholes: list[float] = []
-    for index in range(len(KINDS) + turn, len(stretches) - 2, len(KINDS)):
-        # A stretch without a save lies between two with one: its neighbours are the next of its kind.
-        distance = 1 if KINDS[turn] != "never" else 2
+    for index in range(len(KINDS) + turn, len(KINDS) * (ROUNDS + 1), len(KINDS)):
         now, around = stretches[index], (stretches[index - distance], stretches[index + distance])
         quiet = statistics.mean(x.whole for x in around)
         beginnings.append((now.beginning - statistics.mean(x.beginning for x in around)) / quiet)
@@ -128,8 +129,8 @@ def main() -> None:
     )
     print(f"  longer by, median of {ROUNDS}      by the beginning    all of it (quartiles)")
     result = {"mib": size, "blocked_s": blocked, "save_s": whole}
-    for name, turn in (("A/A", 0), ("background", 1), ("waiting", 3)):
-        beginnings, wholes = costs(stretches, turn)
+    for name, kind in (("A/A", "never"), ("background", "background"), ("waiting", "waiting")):
+        beginnings, wholes = costs(stretches, KINDS.index(kind))
         low, middle, high = statistics.quantiles(wholes, n=4)
         print(f"  {name:<30} {statistics.median(beginnings):+11.2%} {middle:+15.2%} ({low:+.2%} to {high:+.2%})")
         result |= {f"{name} beginning": statistics.median(beginnings), name: middle}
