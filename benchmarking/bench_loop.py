@@ -5,7 +5,8 @@
 The null model is one number, so that a step is nearly nothing but the loop: microseconds per step are printed, of the
 wall clock and of the processor time of the thread that trains, which a busy machine distorts less. The large model is
 an MLP: there the ratio of processor times counts, to the mean of the two hand-written runs around it, beside that of a
-hand-written run to the two around that (A/A). All take turns, several times; medians are printed, and one JSON line last.
+hand-written run to the two around that (A/A). All take turns, several times; medians are printed, and one JSON line
+last.
 """
 
 from __future__ import annotations
