@@ -8,14 +8,14 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from cli.common import Command, run_command
 from config.loading import Loaded
 from config.schemas import InferConfig
 from trainkit.errors import EXIT_USAGE, UserError
-from transformerlm.inference.specs import InferenceSpec
+from transformerlm.inference.specs import DenoisingSpec, InferenceSpec
 
 if TYPE_CHECKING:
     from transformerlm.inference.predictor import Predictor
@@ -40,7 +40,9 @@ def run(loaded: Loaded[InferConfig], arguments: argparse.Namespace) -> None:
     predictor = Predictor.from_checkpoint(
         spec.checkpoint, device=spec.device, weights=spec.weights, precision=spec.precision
     )
-    predictor.resolve_mode(spec.mode)  # a wrong one is refused once, not at every line of a conversation
+    mode = predictor.resolve_mode(spec.mode)  # a wrong one is refused once, not at every line of a conversation
+    if mode == "ar" and not arguments.watch:
+        _note_what_does_nothing(predictor, spec)
     if arguments.watch:
         _check_watchable(predictor, spec, arguments)
         watch(predictor, spec)
@@ -53,6 +55,14 @@ def run(loaded: Loaded[InferConfig], arguments: argparse.Namespace) -> None:
         stream(predictor, spec)
     else:
         print(f"\n{SEPARATOR}\n".join(spec.prompt + text + spec.suffix for text in complete(predictor, spec)))
+
+
+def _note_what_does_nothing(predictor: Predictor, spec: InferenceSpec) -> None:
+    idle = [field.name for field in fields(DenoisingSpec) if getattr(spec, field.name) != field.default]
+    if idle:
+        names = ", ".join(f"inference.{name}" for name in idle)
+        advice = "; set inference.mode=diffusion for it" if "diffusion" in predictor.reading.modes else ""
+        print(f"{names}: for diffusion only, and this text is written as next tokens{advice}", file=sys.stderr)
 
 
 def _check_watchable(predictor: Predictor, spec: InferenceSpec, arguments: argparse.Namespace) -> None:
@@ -138,7 +148,7 @@ COMMAND = Command(
         "--config config/resources/infer.toml inference.num_samples=3 inference.temperature=0.7",
         "--ckpt runs/quickstart --interactive",
         "--ckpt runs/quickstart_diffusion --watch",
-        '--ckpt runs/quickstart_diffusion --prompt "Once upon a time" --suffix " They were happy."',
+        '--ckpt runs/quickstart_diffusion --prompt "Once upon a time" --suffix " The end." inference.total_length=60',
     ),
     useful=(
         "inference.checkpoint",

@@ -69,7 +69,9 @@ def recorded_config(directory: Path) -> TrainConfig:
             f"{directory} holds no run (it has no config.json); name a run folder such as runs/quickstart"
         ) from None
     except (OSError, ValueError, AttributeError, ValidationError) as error:
-        what = f"{len(error.errors())} settings" if isinstance(error, ValidationError) else "its content"
+        what = "its content"
+        if isinstance(error, ValidationError):
+            what = ", ".join(sorted({".".join(map(str, one["loc"])) for one in error.errors()}))
         raise UserError(
             f"{path} cannot be read as the settings of this version ({what}): replay with the version that trained it"
         ) from None

@@ -100,6 +100,12 @@ class Experiment(Schema):
                 f"training.total_batch_size ({self.training.total_batch_size}) must be a multiple of "
                 f"model.context_length ({length}), for instance {multiple}"
             )
+        for _, divisor in self.training.context_length_divisors:
+            if length % divisor:
+                raise ValueError(
+                    f"training.context_length_divisors has {divisor}, which does not divide model.context_length "
+                    f"({length}); choose divisors of it"
+                )
         if self.inference.total_length > length:
             raise ValueError(
                 f"inference.total_length ({self.inference.total_length}) must be at most "

@@ -93,6 +93,12 @@ def load_beginning(
                     f"{max_steps} would change its learning rates; add {NEW_HORIZON_FLAG} if that is meant",
                     EXIT_USAGE,
                 )
+            if found.trainer["step"] >= max_steps:
+                raise UserError(
+                    f"{beginning.path} is at the end of training.max_steps = {max_steps}: nothing is left to train; "
+                    f"raise that and add {NEW_HORIZON_FLAG}, or begin with its weights alone by checkpoint.init_from",
+                    EXIT_USAGE,
+                )
             found = replace(found, trainer={**found.trainer, "best": {}, "log_offset": 0})
             if not store.spec.resume_optimizer:
                 found = replace(found, optimizer={}, starts_optimizer_anew=True)

@@ -27,6 +27,8 @@ MEASURED = re.compile(r"time|path|mfu|.*seconds|.*_per_second|.*memory.*|data_wa
 """Names of records that tell how long something took or where it lies: two equal runs differ in them."""
 TELLING = ("torch", "cuda", "cpu", "threads", "gpus", "variables", "git")
 """What of `environment.json` may explain a difference of numbers."""
+BEGINNINGS = ("checkpoint.init_from", "checkpoint.resume_from")
+"""Settings that a run may change when it resumes, and that still decide about its numbers."""
 PARTS = ("model", "optimizer", "ema")
 """Of a checkpoint, in the order in which they are compared."""
 
@@ -122,8 +124,9 @@ def _settings(first: Path, second: Path, note: Callable[[str], None]) -> tuple[d
     if not all(configs):
         return {}, {}
     mine, theirs = configs
-    counted = changed_settings(mine, theirs, MAY_CHANGE)
-    return counted, {name: how for name, how in changed_settings(mine, theirs, ()).items() if name not in counted}
+    every = changed_settings(mine, theirs, ())
+    counted = changed_settings(mine, theirs, MAY_CHANGE) | {name: every[name] for name in BEGINNINGS if name in every}
+    return counted, {name: how for name, how in every.items() if name not in counted}
 
 
 def _environment(first: Path, second: Path) -> dict[str, str]:

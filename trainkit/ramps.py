@@ -59,6 +59,12 @@ def cut_windows(batch: Batch, parts: int) -> Batch:
     """
     if parts == 1:
         return batch
+    if "tokens" not in batch:
+        raise UserError(
+            "training.context_length_divisors cuts windows of text, and the batches of this run have no `tokens`; "
+            "leave it out",
+            EXIT_USAGE,
+        )
     length = batch["tokens"].shape[1] - 1
     if length % parts:
         raise UserError(

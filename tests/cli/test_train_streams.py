@@ -284,7 +284,10 @@ def test_weights_of_another_run_want_its_tokenizer(
     assert "another tokenizer" in told and told.endswith(
         "set tokenizer.path = runs/a/checkpoints/step-00000008/tokenizer"
     )
-    assert train.main([*begin, "tokenizer.path=runs/a/checkpoints/step-00000008/tokenizer", "run.name=right"]) == 0
+    right = [*begin, "tokenizer.path=runs/a/checkpoints/step-00000008/tokenizer", "run.name=right"]
+    assert train.main(right) == (0 if setting == "init_from" else 2)
+    ended = "nothing is left to train; raise that and add --new-horizon" in capfd.readouterr().err
+    assert ended == (setting == "resume_from")
 
 
 def test_resume_without_a_run_says_so(place: Path, tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -28,8 +28,8 @@ def parts(language: str) -> list[str]:
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, reading in {
-        "ar": Reading(),
-        "dual": Reading(modes=("ar", "diffusion")),
+        "quickstart": Reading(),
+        "quickstart_dual": Reading(modes=("ar", "diffusion")),
         "blocks": Reading(modes=("diffusion",), alignment="in_place", block_size=4),
     }.items():
         write_checkpoint(Path("runs") / name, 1, reading=reading)

@@ -128,8 +128,9 @@ class Predictor:
         seed: int = 0,
         stop_at_eot: bool = True,
     ) -> Iterator[str]:
-        """The continuation token by token, in pieces that never end inside a character."""
-        self.resolve_mode("ar")
+        """The continuation token by token, in pieces that never end inside a character; for `diffusion`, `denoise`."""
+        if "ar" not in self.reading.modes:
+            raise UserError("`stream` writes next tokens, and this model was trained for diffusion; use `denoise`")
         steps = self._continuations([prompt], total_length, sampling, seed, stop_at_eot)
         return self.tokenizer.decode_stream(token for [token] in steps if token is not None)
 
@@ -228,7 +229,8 @@ class Predictor:
         context = f"context of {context_length} tokens" + (", one of which begins it" if room < context_length else "")
         if total > room:
             raise UserError(
-                f"inference.total_length ({total}) exceeds the model's {context}; lower it, or set 0 for all of it",
+                f"inference.total_length ({total}) exceeds the model's {context}; "
+                f"set at most {room}, or 0 for all of it",
                 EXIT_USAGE,
             )
         if given >= room:
@@ -243,9 +245,9 @@ class Predictor:
 
     def _check_no_suffix(self, suffix: str) -> None:
         if suffix:
+            advice = "set inference.mode = diffusion" if "diffusion" in self.reading.modes else "leave it out"
             raise UserError(
-                "inference.suffix is for diffusion models: next-token prediction cannot look ahead; leave it out",
-                EXIT_USAGE,
+                f"inference.suffix is for diffusion: next-token prediction cannot look ahead; {advice}", EXIT_USAGE
             )
 
     def _judge(self, judge: Transformer | None, length: int) -> Transformer:
