@@ -35,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("runs", nargs="+", help="run folders or checkpoints")
     parser.add_argument("--stories", type=int, default=100, help="held-out stories to score; default: %(default)s")
-    parser.add_argument(
-        "--draws", type=int, default=32, help="noise levels of a bound, times two; default: %(default)s"
-    )
+    parser.add_argument("--draws", type=int, default=32, help="noise levels of a bound; default: %(default)s, twice")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"put the table between {BEGIN} and {END} of a file")
     arguments = parser.parse_args(argv)
