@@ -147,6 +147,17 @@ def test_settings_come_first(runs: tuple[Path, Path], capsys: pytest.CaptureFixt
     assert text.index("optimizer.learning_rate") < text.index("records ") and "different settings" in text
 
 
+def test_where_a_run_began_decides_about_its_numbers(
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though a run that resumes may change it; other settings of checkpoints are no matter."""
+    for run, start, keep in zip(runs, ("", "runs/a"), (1, 2), strict=True):
+        config = json.loads((run / "config.json").read_text())
+        config["checkpoint"] = {"init_from": start, "keep_last": keep}
+        (run / "config.json").write_text(json.dumps(config))
+    assert list(compare(runs, capsys)["settings"]) == ["checkpoint.init_from"]
+
+
 def test_what_is_damaged_or_missing_is_said_and_the_rest_compared(
     runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,6 +83,13 @@ def test_a_missing_checkpoint_is_one_sentence(tmp_path: Path, capsys: pytest.Cap
     assert error.startswith(f"transformerlm-infer: {tmp_path / 'none'} does not exist; ") and error.count("\n") == 1
 
 
+def test_settings_that_do_nothing_are_noted(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(run, "inference.threshold=0.9", "inference.order=margin") == 0
+    output = capsys.readouterr()
+    assert output.out and "inference.order, inference.threshold: for diffusion only" in output.err
+    assert call(run) == 0 and capsys.readouterr().err == ""
+
+
 # -- conversation ------------------------------------------------------------------------------------------------------
 
 

@@ -167,6 +167,7 @@ sys.exit(main({["--config-name", "quickstart_diffusion", *SMALL]!r}))
         (["inference.cache=dual"], "set block_length"),
         (["inference.steps=0"], "inference.steps"),
         (["objective.ar_weight=0.5"], "ar_weight"),
+        (["training.context_length_divisors=[[0,3]]"], "has 3, which does not divide model.context_length"),
     ],
 )
 def test_bad_diffusion_settings_are_one_sentence(changes: list[str], message: str) -> None:

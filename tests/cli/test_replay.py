@@ -147,7 +147,7 @@ def test_what_cannot_be_replayed_is_one_sentence(run: Path, tmp_path: Path, caps
     (other / "config.json").write_text(json.dumps(config))
     for path, step, code, message in (
         (tmp_path / "none", 1, EXIT_FAILURE, "holds no run"),
-        (broken, 1, EXIT_FAILURE, "cannot be read as the settings of this version"),
+        (broken, 1, EXIT_FAILURE, "cannot be read as the settings of this version (tokenizer)"),
         (run, 7, EXIT_USAGE, "has 6 steps"),
         (run, 0, EXIT_USAGE, "replay.step"),
         (other, 1, EXIT_FAILURE, "no longer those that the run"),

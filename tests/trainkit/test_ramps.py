@@ -90,3 +90,5 @@ def test_cut_windows_hold_every_target_once_and_documents_from_nought() -> None:
     assert cut_windows(batch, 1) is batch
     with pytest.raises(UserError, match="context_length_divisors has 3, which does not divide the context length 8"):
         cut_windows(batch, 3)
+    with pytest.raises(UserError, match="the batches of this run have no `tokens`"):
+        cut_windows({"x": torch.zeros(2, 3)}, 2)
